@@ -1,0 +1,1 @@
+edgeattn/cli.py

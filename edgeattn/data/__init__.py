@@ -1,0 +1,1 @@
+"""Images in: preprocessing that travels with a model, and streams of labelled pictures."""

@@ -1,0 +1,1 @@
+"""Model zoo: one file per architecture, official state-dict names."""

@@ -1,0 +1,1 @@
+"""Recipes, observers, quantizers, calibration and training."""

@@ -1,0 +1,1 @@
+"""What an application embeds: verified bundles and sessions that run them."""
