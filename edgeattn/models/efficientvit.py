@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import UsageError
+from edgeattn.models.folding import fold_conv_bn
 from edgeattn.models.registry import register_model
+from edgeattn.ops.cascaded_group_attention import cascaded_group_attention
 
+_FUSED_TENSORS = (
+    "qkv_weight", "qkv_bias", "dw_weight", "dw_bias", "attention_bias", "proj_weight", "proj_bias",
+)  # fmt: skip
 _STRIDE = 16  # of the stem: four stride-2 convolutions
 
 
@@ -164,6 +169,35 @@ class LocalWindowAttention(nn.Module):
         x = self.attn(x.reshape(-1, channels, win_h, win_w))
         x = x.reshape(batch, rows, cols, channels, win_h, win_w).permute(0, 3, 1, 4, 2, 5)
         return x.reshape(batch, channels, rows * win_h, cols * win_w)[:, :, :height, :width]
+
+    def to_fused(self) -> nn.Module:
+        """The same function as one `edgeattn::CascadedGroupAttention` op, BatchNorm folded."""
+        return FusedWindowAttention(self)
+
+
+class FusedWindowAttention(nn.Module):
+    """Inference form of `LocalWindowAttention`; kernels of the heads are zero-padded to the largest."""
+
+    def __init__(self, source: LocalWindowAttention) -> None:
+        super().__init__()
+        attn, self.window = source.attn, list(source.window)
+        self.num_heads, self.key_dim, self.scale = attn.num_heads, attn.key_dim, attn.scale
+        side = max(dw.c.kernel_size[0] for dw in attn.dws)
+        qkv = [fold_conv_bn(m.c, m.bn) for m in attn.qkvs]
+        dws = [fold_conv_bn(m.c, m.bn) for m in attn.dws]
+        padded = [nn.functional.pad(w, ((side - w.shape[-1]) // 2,) * 4) for w, _ in dws]
+        proj_weight, proj_bias = fold_conv_bn(attn.proj[1].c, attn.proj[1].bn)
+        values = {
+            "qkv_weight": torch.cat([w for w, _ in qkv]), "qkv_bias": torch.cat([b for _, b in qkv]),
+            "dw_weight": torch.cat(padded), "dw_bias": torch.cat([b for _, b in dws]),
+            "attention_bias": attn.expanded_bias().detach(), "proj_weight": proj_weight, "proj_bias": proj_bias,
+        }  # fmt: skip
+        for name, value in values.items():
+            self.register_buffer(name, value.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = [getattr(self, name) for name in _FUSED_TENSORS]
+        return cascaded_group_attention(x, *tensors, self.num_heads, self.key_dim, self.window, self.scale)
 
 
 class EfficientViTBlock(nn.Module):

@@ -1,0 +1,1 @@
+"""Torch graph to ONNX, graph checks, one module per target, and the bundle writer."""

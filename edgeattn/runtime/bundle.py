@@ -1,0 +1,213 @@
+"""The bundle: a folder with a manifest. Nothing in it is used before its SHA-256 matches the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from edgeattn.data.files import sha256_of
+from edgeattn.data.preprocessing import Preprocessing
+from edgeattn.errors import BundleError, UsageError
+from edgeattn.runtime.session import Session
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+RESULTS = "results.jsonl"
+REPORT = "report.html"
+# Written after the bundle was made: appended results and the report drawn from them. Never loaded as code or model.
+MUTABLE = (RESULTS, REPORT)
+Variant = Literal["float32", "quantized"]
+
+# Target name to the module whose `open_session(model, settings, variant)` runs its artefacts.
+_BACKENDS = {
+    "onnxruntime": "edgeattn.runtime.onnxruntime_session",
+    "openvino": "edgeattn.runtime.openvino_session",
+}
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class FileEntry(_Strict):
+    """Digest and size in bytes of one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+class ArtifactEntry(_Strict):
+    """One runnable form of the model: which target, which variant, its main file, and the options it runs with."""
+
+    target: str
+    variant: Variant
+    model: str
+    files: list[str]
+    settings: dict[str, Any]
+
+
+class TensorEntry(_Strict):
+    """Name and shape of a model input or output; None is the batch axis."""
+
+    name: str
+    shape: list[int | None]
+    dtype: str = "float32"
+
+
+class Manifest(_Strict):
+    """`manifest.json`. Paths are relative with forward slashes; times are UTC."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    edgeattn_version: str
+    created: str
+    model: str
+    model_config_: dict[str, Any] = pydantic.Field(alias="model_config")
+    parameters: int
+    input: TensorEntry
+    output: TensorEntry
+    preprocessing: dict[str, Any]
+    postprocessing: Literal["softmax"] = "softmax"
+    class_names: list[str] | None = None
+    recipe: str
+    precision: dict[str, int]
+    calibration: dict[str, Any] | None = None
+    device_profile: dict[str, Any] | None = None
+    tools: dict[str, str]
+    golden_tolerance: dict[str, float]
+    artifacts: list[ArtifactEntry]
+    notes: list[str] = []
+    files: dict[str, FileEntry]
+
+
+class Bundle:
+    """An opened bundle.
+
+    Args of `Bundle.open`:
+        path: the folder.
+
+    Raises:
+        BundleError: not a bundle, another schema version, or a file that does not match; the file is named.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._checked: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read the manifest and check every file that it lists."""
+        path = Path(path)
+        bundle = cls(path, _read_manifest(path))
+        for name in bundle.manifest.files:
+            bundle.file(name)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file, after its digest was checked (once per opened bundle)."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path}: {name} is not listed in {MANIFEST}; nothing unlisted is loaded.")
+        path = self.path / name
+        if name not in self._checked:
+            _check_file(path, entry)
+            self._checked.add(name)
+        return path
+
+    def unlisted(self) -> list[str]:
+        """Files in the folder that the manifest does not know; they are never loaded."""
+        known = {*self.manifest.files, *MUTABLE, MANIFEST, MANIFEST_DIGEST}
+        found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+        return sorted(name for name in found if name not in known)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns a picture into the model's input."""
+        return Preprocessing.from_dict(self.manifest.preprocessing)
+
+    @property
+    def targets(self) -> list[str]:
+        """Targets in the order in which they were compiled."""
+        return list(dict.fromkeys(entry.target for entry in self.manifest.artifacts))
+
+    def artifact(self, target: str, variant: str) -> ArtifactEntry:
+        """The entry for a target and variant.
+
+        Raises:
+            UsageError: the bundle has none; what it has is listed.
+        """
+        for entry in self.manifest.artifacts:
+            if (entry.target, entry.variant) == (target, variant):
+                return entry
+        have = ", ".join(f"{e.target}/{e.variant}" for e in self.manifest.artifacts)
+        raise UsageError(f"{self.path} has no {variant} artefact for target {target!r}; it has {have}.")
+
+    def size_bytes(self, target: str, variant: str) -> int:
+        """Bytes on disk of one artefact."""
+        return sum(self.manifest.files[name].size_bytes for name in self.artifact(target, variant).files)
+
+    def open_session(self, target: str, variant: str = "quantized", **overrides: Any) -> Session:
+        """Load an artefact on this machine; `overrides` (threads, plugin) replace its stored settings for this session.
+
+        Raises:
+            MissingDependency: the target's runtime is not installed. DeviceError: the runtime refuses the artefact.
+        """
+        entry = self.artifact(target, variant)
+        for name in entry.files:
+            self.file(name)
+        return open_artifact(target, self.path / entry.model, {**entry.settings, **overrides}, variant)
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """Arrays of `golden.npz`: `input`, `float32`, `quantized`."""
+        with np.load(self.file("golden.npz"), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+
+def open_artifact(target: str, model: Path, settings: dict[str, Any], variant: str) -> Session:
+    """A session of the target's runtime over the file `model`."""
+    if target not in _BACKENDS:
+        raise UsageError(f"unknown target {target!r}; this version runs {', '.join(_BACKENDS)}.")
+    return importlib.import_module(_BACKENDS[target]).open_session(model, settings, variant)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `edgeattn export ... -o {path}`.")
+    text = manifest_path.read_bytes()
+    digest_path = path / MANIFEST_DIGEST
+    digest = digest_path.read_text().strip() if digest_path.is_file() else "absent"
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise BundleError(
+            f"{manifest_path} was changed after the bundle was written (digest in {MANIFEST_DIGEST}: {digest[:16]}). "
+            "Do not use it; export it again or copy it again from its source."
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"{manifest_path}: {where}: {first['msg']}. This edgeattn reads schema_version {SCHEMA_VERSION}; "
+            "export the model again with this version."
+        ) from error
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BundleError(f"{manifest_path} lists {name!r}, which lies outside the bundle; do not use this bundle.")
+    return manifest
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle; copy the bundle again or export it again.")
+    size = path.stat().st_size
+    if size != entry.size_bytes or sha256_of(path) != entry.sha256:
+        raise BundleError(
+            f"{path} is not the file that was exported ({size} bytes, expected {entry.size_bytes} with SHA-256 "
+            f"{entry.sha256[:16]}...). It was tampered with or damaged; copy the bundle again or export it again."
+        )
