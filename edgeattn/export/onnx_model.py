@@ -18,9 +18,9 @@ from torch import fx
 
 from edgeattn.errors import NumericError, UnsupportedOp
 from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPSET, PLUGIN_ATTRIBUTES, OPS, OpSpec, load_ops
+from edgeattn.runtime.session import INPUT, OUTPUT
 from edgeattn.quant import quantizer as _quantizer  # noqa: F401 (registers the torch ops that are translated here)
 
-INPUT, OUTPUT = "image", "logits"
 _IR_VERSION = 10  # readable by every runtime of the last two years; nothing newer is needed
 
 

@@ -1,0 +1,50 @@
+"""The bundle's README.md: what it is, how it was made, how to run and check it."""
+
+from __future__ import annotations
+
+import jinja2
+
+from edgeattn.runtime.bundle import Manifest
+
+_TEMPLATE = """\
+# {{ m.model }}, {{ m.recipe }}
+
+Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".format(m.parameters) }} parameters,
+input {{ m.preprocessing["size"][0] }} x {{ m.preprocessing["size"][1] }}, {{ m.output.shape[1] }} classes.
+
+| target | variant | model | settings |
+| --- | --- | --- | --- |
+{% for a in m.artifacts -%}
+| {{ a.target }} | {{ a.variant }} | `{{ a.model }}` | {% for k, v in a.settings.items() %}{{ k }}={{ v }} {% endfor %}|
+{% endfor %}
+Compute nodes by precision: {% for k, v in m.precision.items() %}{{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %}.
+{% if m.calibration -%}
+Calibrated on {{ m.calibration["images"] }} pictures of `{{ m.calibration["source"] }}`
+(SHA-256 of their pixels {{ m.calibration["sha256"][:16] }}), observer {{ m.calibration["observer"]["method"] }}.
+{%- else -%}
+Not calibrated: floating point throughout.
+{%- endif %}
+
+## Run it
+
+    import edgeattn
+    session = edgeattn.load("PATH/TO/THIS/FOLDER")
+    print(session("picture.jpg").label)
+
+## Check it
+
+    edgeattn verify .                  # digests and golden outputs
+    edgeattn check . --data VAL_DIR    # accuracy, latency and placement; one verdict; writes report.html
+
+Results are appended to `results.jsonl`. {% if m.class_names %}Classes: {{ m.class_names | join(", ") }}.{% endif %}
+
+## Choices made for you
+
+{% for note in m.notes -%}
+- {{ note }}
+{% endfor %}"""
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown text for a manifest (its `files` are not used)."""
+    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(_TEMPLATE).render(m=manifest)
