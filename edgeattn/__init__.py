@@ -17,7 +17,7 @@ _ENTRY_POINTS = {
     "check": "edgeattn.devices.check",
     "load": "edgeattn.runtime.classifier",
 }
-__all__ = ["__version__", "export", *_ENTRY_POINTS]
+__all__ = ["__version__", "check", "create_model", "export", "list_models", "load", "quantize"]
 
 if TYPE_CHECKING:
     from edgeattn.devices.check import check

@@ -27,6 +27,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         os.close(handle)
         temporary = Path(name)
+        temporary.chmod(0o644)  # mkstemp makes it private; what is written here is made to be read
         try:
             yield temporary
             _fsync(temporary)
@@ -80,10 +81,13 @@ def _writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeviceError(
-                f"no space left while writing {target}; nothing was left behind. Free some space or choose another disk."
+                f"no space left while writing {target}; nothing was left behind. "
+                "Free some space or choose another disk."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise DeviceError(f"cannot write {target}: {error.strerror}. Choose a folder that you may write to.") from error
+            raise DeviceError(
+                f"cannot write {target}: {error.strerror}. Choose a folder that you may write to."
+            ) from error
         raise
 
 
@@ -94,5 +98,5 @@ def _fsync(path: Path) -> None:
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as handle:
+    with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

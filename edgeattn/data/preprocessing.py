@@ -1,4 +1,4 @@
-"""Image preprocessing of a model: resize, centre crop, normalise. Needs NumPy and Pillow only, so an app can embed it."""
+"""Image preprocessing of a model: resize, centre crop, normalise. Needs NumPy and Pillow only: apps embed it."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ class Preprocessing:
             raise UsageError(f"crop_fraction is {self.crop_fraction}; expected a share in (0, 1].")
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
-        """RGB picture of any size to an RGB picture of `size`: the short side is matched, then the centre is cut out."""
+        """RGB picture of any size to an RGB picture of `size`: short side matched, centre cut out."""
         height, width = self.size
         scale = max(height / image.height, width / image.width) / self.crop_fraction
-        new_w, new_h = max(width, math.floor(image.width * scale + 0.5)), max(height, math.floor(image.height * scale + 0.5))
+        new_w, new_h = (
+            max(width, math.floor(image.width * scale + 0.5)),
+            max(height, math.floor(image.height * scale + 0.5)),
+        )
         if (new_w, new_h) != image.size:
             image = image.resize((new_w, new_h), _FILTERS[self.interpolation])
         left, top = (new_w - width) // 2, (new_h - height) // 2
@@ -57,8 +60,8 @@ class Preprocessing:
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """(..., H, W, 3) uint8 to (..., 3, H, W) float32, contiguous."""
         scaled = pixels.astype(np.float32) / np.float32(255)
-        scaled = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+        normalized = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(np.moveaxis(normalized, -1, -3))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """RGB picture to (3, H, W) float32."""
@@ -66,9 +69,12 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of `to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)

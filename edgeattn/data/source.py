@@ -81,7 +81,9 @@ class ImageSource:
         for what, count in self.converted.items():
             logger.warning("%s: %d image(s) were %s", self.where, count, what)
         if not good:
-            raise DataError(f"{self.where}: none of its {len(self.skipped)} image(s) can be read; expected at least one.")
+            raise DataError(
+                f"{self.where}: none of its {len(self.skipped)} image(s) can be read; expected at least one."
+            )
 
     def _to_rgb(self, raw: Any, name: str) -> Image.Image:
         if isinstance(raw, np.ndarray):
@@ -185,7 +187,9 @@ class NpzSource(ImageSource):
                 size = frame if self._offsets is None else int(self._offsets[i + 1] - self._offsets[i])
                 data = stream.read(size)
                 if len(data) != size:
-                    raise DataError(f"{self.path} ends early: image {i} of {len(self)} is cut off. Copy the file again.")
+                    raise DataError(
+                        f"{self.path} ends early: image {i} of {len(self)} is cut off. Copy the file again."
+                    )
                 raw: Any = data
                 if self._member == "images":
                     raw = np.frombuffer(data, self._dtype).reshape(self._shape[1:])

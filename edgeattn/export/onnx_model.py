@@ -17,9 +17,9 @@ from onnx import helper
 from torch import fx
 
 from edgeattn.errors import NumericError, UnsupportedOp
-from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPSET, PLUGIN_ATTRIBUTES, OPS, OpSpec, load_ops
-from edgeattn.runtime.session import INPUT, OUTPUT
+from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPS, OPSET, PLUGIN_ATTRIBUTES, OpSpec, load_ops
 from edgeattn.quant import quantizer as _quantizer  # noqa: F401 (registers the torch ops that are translated here)
+from edgeattn.runtime.session import INPUT, OUTPUT
 
 _IR_VERSION = 10  # readable by every runtime of the last two years; nothing newer is needed
 
@@ -96,7 +96,12 @@ def _custom_node(spec: OpSpec) -> Callable[..., Any]:
 def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
     """A schema wide enough for the exporter; the op's shape rule and checker do the validation."""
     parameter, schema = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema
-    kinds = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT, str: schema.AttrType.STRING, list: schema.AttrType.INTS}
+    kinds = {
+        int: schema.AttrType.INT,
+        float: schema.AttrType.FLOAT,
+        str: schema.AttrType.STRING,
+        list: schema.AttrType.INTS,
+    }
     types = ["tensor(float)", "tensor(float16)", "tensor(int8)"]
     names = {**spec.attributes, **PLUGIN_ATTRIBUTES}
     return schema(
@@ -150,6 +155,6 @@ def _check_finite(model: onnx.ModelProto) -> None:
         values = onnx.numpy_helper.to_array(tensor)
         if not np.isfinite(values).all():
             raise NumericError(
-                f"constant {tensor.name} holds {int((~np.isfinite(values)).sum())} NaN or infinite value(s) after folding. "
-                "A BatchNorm variance or weight of that layer is broken; use another checkpoint."
+                f"constant {tensor.name} holds {int((~np.isfinite(values)).sum())} NaN or infinite value(s) "
+                "after folding. A BatchNorm variance or weight of that layer is broken; use another checkpoint."
             )

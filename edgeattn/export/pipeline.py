@@ -73,9 +73,7 @@ def export(
         raise UsageError("no target given; name at least one, for example onnxruntime.")
     chosen = {name: get_target(name) for name in dict.fromkeys(targets)}
     with atomic_folder(out, overwrite) as folder:
-        quantized = quantize(
-            model, recipe, data, targets=list(chosen), skip_bad=skip_bad, progress=progress
-        )
+        quantized = quantize(model, recipe, data, targets=list(chosen), skip_bad=skip_bad, progress=progress)
         variants: list[Variant] = ["float32"] if quantized.recipe.is_float else ["float32", "quantized"]
         shape = (3, *quantized.preprocessing.size)
         tolerance = _write_golden(folder, quantized, data, variants)
@@ -100,9 +98,7 @@ def _report(progress: Progress | None, stage: str, done: int, total: int) -> Non
         progress(stage, done, total)
 
 
-def _write_golden(
-    folder: Path, quantized: QuantizedModel, data: Any, variants: list[Variant]
-) -> dict[str, float]:
+def _write_golden(folder: Path, quantized: QuantizedModel, data: Any, variants: list[Variant]) -> dict[str, float]:
     """Golden inputs and the torch graphs' outputs; returns the largest allowed difference per variant.
 
     A float32 runtime may differ by rounding (1e-4 of the logits' spread). An integer runtime rounds each layer once
@@ -142,8 +138,8 @@ def _verify_artifact(artifact: Artifact, folder: Path, tolerance: float) -> None
         session.close()
     if problems:
         raise GateFailed(
-            f"{artifact.entry.target}/{artifact.entry.variant} does not compute what the torch graph computes: {problems}. "
-            "No bundle was written. Try another recipe, or report the model and versions."
+            f"{artifact.entry.target}/{artifact.entry.variant} does not compute what the torch graph computes: "
+            f"{problems}. No bundle was written. Try another recipe, or report the model and versions."
         )
 
 
@@ -186,7 +182,9 @@ def _write_manifest(
     }
     (folder / "README.md").write_text(model_card(Manifest(files={}, **values)))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(p), size_bytes=p.stat().st_size) for p in files}
+    entries = {
+        p.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(p), size_bytes=p.stat().st_size) for p in files
+    }
     text = Manifest(files=entries, **values).model_dump_json(indent=2, by_alias=True) + "\n"
     (folder / MANIFEST).write_text(text)
     (folder / MANIFEST_DIGEST).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")

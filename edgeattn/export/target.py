@@ -76,7 +76,9 @@ def get_target(name: str) -> Target:
     if name not in _TARGETS:
         near = difflib.get_close_matches(name, _TARGETS, n=1)
         raise UsageError(
-            f"unknown target {name!r}: " + (f"did you mean {near[0]}? " if near else "") + f"Known: {', '.join(_TARGETS)}."
+            f"unknown target {name!r}: "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"Known: {', '.join(_TARGETS)}."
         )
     module, cls = _TARGETS[name]
     return getattr(importlib.import_module(module), cls)()

@@ -55,14 +55,20 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if "GLOBAL" in text or "Unsupported" in text or "weights_only" in text.lower() and "Unsupported operand" in text:
+        if (
+            "GLOBAL" in text
+            or "Unsupported" in text
+            or ("weights_only" in text.lower() and "Unsupported operand" in text)
+        ):
             wanted = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), text.splitlines()[0])
             raise CheckpointError(
                 f"{path} is a pickle that wants to run code when loaded, which edgeattn refuses ({wanted}). "
                 "Load it where you trust it and save the plain state dict: "
                 "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')."
             ) from error
-        raise CheckpointError(f"{path} is not a readable checkpoint: {text.splitlines()[0]}. Is it complete?") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {text.splitlines()[0]}. Is it complete?"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -30,7 +30,14 @@ class ConvBN(nn.Module):
     """Bias-free convolution followed by BatchNorm (eps 1e-5), stored as `c` and `bn`."""
 
     def __init__(
-        self, in_ch: int, out_ch: int, kernel: int = 1, stride: int = 1, padding: int = 0, groups: int = 1, gain: float = 1.0
+        self,
+        in_ch: int,
+        out_ch: int,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.c = nn.Conv2d(in_ch, out_ch, kernel, stride, padding, groups=groups, bias=False)
@@ -110,7 +117,9 @@ class CascadedGroupAttention(nn.Module):
 
     attention_bias_idxs: Tensor
 
-    def __init__(self, channels: int, key_dim: int, num_heads: int, window: tuple[int, int], kernels: Sequence[int]) -> None:
+    def __init__(
+        self, channels: int, key_dim: int, num_heads: int, window: tuple[int, int], kernels: Sequence[int]
+    ) -> None:
         super().__init__()
         if channels % num_heads:
             raise UsageError(
@@ -152,7 +161,13 @@ class LocalWindowAttention(nn.Module):
     """Attention per window: the grid is zero-padded at bottom and right; padded positions are not masked."""
 
     def __init__(
-        self, channels: int, key_dim: int, num_heads: int, grid: tuple[int, int], window_size: int, kernels: Sequence[int]
+        self,
+        channels: int,
+        key_dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window_size: int,
+        kernels: Sequence[int],
     ) -> None:
         super().__init__()
         self.window = (min(window_size, grid[0]), min(window_size, grid[1]))
@@ -180,7 +195,8 @@ class FusedWindowAttention(nn.Module):
 
     def __init__(self, source: LocalWindowAttention) -> None:
         super().__init__()
-        attn, self.window = source.attn, list(source.window)
+        attn: Any = source.attn
+        self.window = list(source.window)
         self.num_heads, self.key_dim, self.scale = attn.num_heads, attn.key_dim, attn.scale
         side = max(dw.c.kernel_size[0] for dw in attn.dws)
         qkv = [fold_conv_bn(m.c, m.bn) for m in attn.qkvs]
@@ -204,7 +220,14 @@ class EfficientViTBlock(nn.Module):
     """Sandwich of paper section 2.1: depthwise, FFN, attention, depthwise, FFN, each residual."""
 
     def __init__(
-        self, channels: int, key_dim: int, num_heads: int, grid: tuple[int, int], window: int, kernels: Sequence[int], ratio: int
+        self,
+        channels: int,
+        key_dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window: int,
+        kernels: Sequence[int],
+        ratio: int,
     ) -> None:
         super().__init__()
         self.dw0 = Residual(ConvBN(channels, channels, 3, 1, 1, groups=channels, gain=0.0))
@@ -325,9 +348,7 @@ class EfficientViT(nn.Module):
     @staticmethod
     def from_timm_key(key: str) -> str:
         """The official name of a timm parameter; official names pass unchanged."""
-        key = re.sub(
-            r"^patch_embed\.conv(\d)\.", lambda m: f"patch_embed.{2 * (int(m[1]) - 1)}.", key
-        )
+        key = re.sub(r"^patch_embed\.conv(\d)\.", lambda m: f"patch_embed.{2 * (int(m[1]) - 1)}.", key)
         key = re.sub(
             r"^stages\.(\d)\.blocks\.(\d+)\.",
             lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + (3 if int(m[1]) else 0)}.",

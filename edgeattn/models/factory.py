@@ -67,7 +67,9 @@ def _call(name: str, chosen: dict[str, Any]) -> torch.nn.Module:
     try:
         builder = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"model {name!r}: {error}. Expected 'package.module:callable' that can be imported.") from error
+        raise UsageError(
+            f"model {name!r}: {error}. Expected 'package.module:callable' that can be imported."
+        ) from error
     model = builder(**chosen)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model {name!r} returned a {type(model).__name__}; expected a torch.nn.Module.")
@@ -87,10 +89,13 @@ def _keep_new_head(model: torch.nn.Module, state: dict[str, torch.Tensor], store
     convert = getattr(model, "from_timm_key", lambda key: key)
     for key in list(state):
         official = convert(key)
-        if official in own and official.split(".")[0] in getattr(model, "heads", ("head",)):
-            if own[official].shape != state[key].shape:
-                state[key] = own[official]
-    note = f"classifier re-initialised: the checkpoint has {stored} classes, the model {model.num_classes}; train it before use"
+        in_head = official in own and official.split(".")[0] in getattr(model, "heads", ("head",))
+        if in_head and own[official].shape != state[key].shape:
+            state[key] = own[official]
+    note = (
+        f"classifier re-initialised: the checkpoint has {stored} classes, the model {model.num_classes}; "
+        "train it before use"
+    )
     logger.warning(note)
     return note
 

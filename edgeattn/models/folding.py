@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,8 @@ def bn_scale_shift(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps:
     return scale, bias.double() - mean.double() * scale
 
 
-def fold_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of the one convolution that equals conv then bn."""
-    assert bn.running_mean is not None and bn.running_var is not None
+def fold_conv_bn(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the one convolution that equals the Conv2d then the BatchNorm2d."""
     scale, shift = bn_scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     bias = torch.zeros_like(shift) if conv.bias is None else conv.bias.double()
     weight = conv.weight.double() * scale[:, None, None, None]

@@ -6,8 +6,8 @@ channel; activations stay in floating point.
 
 Shapes, with h heads, key width d, value width v = C / h, window (wh, ww), N = wh * ww tokens:
     x (B, C, H, W), qkv_weight (h * (2d + v), v, 1, 1), qkv_bias (h * (2d + v)), dw_weight (h * d, 1, K, K) with smaller
-    kernels zero-padded to the odd K, dw_bias (h * d), attention_bias (h, N, N) rows are queries, proj_weight (C, C, 1, 1),
-    proj_bias (C); the result has the shape of x.
+    kernels zero-padded to the odd K, dw_bias (h * d), attention_bias (h, N, N) rows are queries,
+    proj_weight (C, C, 1, 1), proj_bias (C); the result has the shape of x.
 A grid that the window does not divide is zero-padded at the bottom and right; padded tokens take part in the softmax.
 """
 
@@ -26,7 +26,9 @@ from edgeattn.ops.registry import BodyWriter, OpSpec, register_op
 
 _WEIGHTS = ("qkv_weight", "dw_weight", "proj_weight")
 _INPUTS = ("x", "qkv_weight", "qkv_bias", "dw_weight", "dw_bias", "attention_bias", "proj_weight", "proj_bias")
-_Q_INPUTS = tuple(n for name in _INPUTS for n in ((name, name.replace("weight", "scale")) if name in _WEIGHTS else (name,)))
+_Q_INPUTS = tuple(
+    n for name in _INPUTS for n in ((name, name.replace("weight", "scale")) if name in _WEIGHTS else (name,))
+)
 _ATTRIBUTES = {"num_heads": 4, "key_dim": 16, "window": [7, 7], "scale": 0.25}
 
 
@@ -70,7 +72,7 @@ def reference(
 def _depthwise(q: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     side = weight.shape[-1]
     padded = np.pad(q, ((0, 0), (side // 2, side // 2), (side // 2, side // 2)))
-    views = np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(1, 2))
+    views = np.lib.stride_tricks.sliding_window_view(padded, [side, side], axis=(1, 2))  # type: ignore[call-overload]
     return np.einsum("cyxij,cij->cyx", views, weight) + bias[:, None, None]
 
 
@@ -117,7 +119,14 @@ def _constants(w: BodyWriter) -> None:
     w.attribute("key_dim", "key_dim", "value_int")
     w.attribute("window", "window", "value_ints")
     w.attribute("scale", "scale", "value_float")
-    for name, value in (("zero", [0]), ("one", [1]), ("two", [2]), ("minus_one", [-1]), ("keep2", [0, 0]), ("hw", [2, 3])):
+    for name, value in (
+        ("zero", [0]),
+        ("one", [1]),
+        ("two", [2]),
+        ("minus_one", [-1]),
+        ("keep2", [0, 0]),
+        ("hw", [2, 3]),
+    ):
         w.constant(name, value)
     w.constant("end", [2**31 - 1])
     w.add("Reshape", ["key_dim", "one"], "q_end")
@@ -229,7 +238,9 @@ def infer_shape(*shapes: Sequence[int], num_heads: int, key_dim: int, window: Se
                 f"{num_heads} heads, key width {key_dim}, window {tuple(window)}."
             )
     if side % 2 == 0:
-        raise UnsupportedOp(f"CascadedGroupAttention: depthwise kernel side {side} is even; pad it with zeros to an odd side.")
+        raise UnsupportedOp(
+            f"CascadedGroupAttention: depthwise kernel side {side} is even; pad it with zeros to an odd side."
+        )
     return (given["x"],)
 
 
@@ -250,7 +261,11 @@ def cascaded_group_attention(
     (win_h, win_w), value_dim = window, channels // num_heads
     rows, cols = -(-height // win_h), -(-width // win_w)
     x = F.pad(x, (0, cols * win_w - width, 0, rows * win_h - height))
-    x = x.reshape(batch, channels, rows, win_h, cols, win_w).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, win_h, win_w)
+    x = (
+        x.reshape(batch, channels, rows, win_h, cols, win_w)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(-1, channels, win_h, win_w)
+    )
     qkv_w, qkv_b, dw_w, dw_b = (t.chunk(num_heads) for t in (qkv_weight, qkv_bias, dw_weight, dw_bias))
     outputs: list[Tensor] = []
     for i, chunk in enumerate(x.chunk(num_heads, 1)):
@@ -272,7 +287,19 @@ def q_cascaded_group_attention(
     num_heads: int, key_dim: int, window: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     """`cascaded_group_attention` with int8 weights, each followed by its scale per output channel."""
-    inputs = (x, qkv_weight, qkv_scale, qkv_bias, dw_weight, dw_scale, dw_bias, attention_bias, proj_weight, proj_scale, proj_bias)
+    inputs = (
+        x,
+        qkv_weight,
+        qkv_scale,
+        qkv_bias,
+        dw_weight,
+        dw_scale,
+        dw_bias,
+        attention_bias,
+        proj_weight,
+        proj_scale,
+        proj_bias,
+    )
     values = _dequantize_all(inputs, lambda w, s: w.to(s.dtype) * s[:, None, None, None])
     return cascaded_group_attention(*values, num_heads, key_dim, window, scale)
 

@@ -32,7 +32,7 @@ class OpSpec:
         reference: the definition: float64 numpy inputs by name, attributes by name, to the tuple of outputs.
         body: attributes to the FunctionProto that says the same in standard ops.
         infer_shape: shapes of the inputs (in order) and attributes to the shapes of the outputs; refuses what is wrong.
-        torch_op: qualified name of the torch custom op, "edgeattn::...", with the inputs then the attributes as arguments.
+        torch_op: qualified name of the torch custom op, "edgeattn::..."; takes the inputs, then the attributes.
         signature: the attributes that change the body's structure, so that a model needs one body per value of them.
         weights: the inputs that are weights with output channels on axis 0, which may be stored as int8.
         quantized: name of the op that takes those weights as int8 with scales, or None.
@@ -91,7 +91,11 @@ class BodyWriter:
         """A constant that takes the calling node's attribute; `kind` is value_int, value_ints or value_float."""
         from onnx import AttributeProto
 
-        types = {"value_int": AttributeProto.INT, "value_ints": AttributeProto.INTS, "value_float": AttributeProto.FLOAT}
+        types = {
+            "value_int": AttributeProto.INT,
+            "value_ints": AttributeProto.INTS,
+            "value_float": AttributeProto.FLOAT,
+        }
         self.add("Constant", [], name)
         reference = self.nodes[-1].attribute.add()
         reference.name, reference.ref_attr_name, reference.type = kind, attribute, types[kind]

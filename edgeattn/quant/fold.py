@@ -6,6 +6,8 @@ convolution with 1 added at the kernel's centre.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -100,7 +102,7 @@ def _residual(graph: fx.GraphModule, add: fx.Node) -> bool:
 
 def _keeps_shape(conv: fx.Node, weight: Tensor) -> bool:
     """Depthwise, stride 1, odd kernel with same padding, no dilation."""
-    given = list(conv.args[3:])
+    given: list[Any] = list(conv.args[3:])
     stride, padding, dilation, groups = (given + [[1, 1], [0, 0], [1, 1], 1][len(given) :])[:4]
     sides = list(weight.shape[2:])
     return (

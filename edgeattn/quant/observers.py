@@ -33,11 +33,13 @@ def percentile_range(values: np.ndarray, percentile: float, symmetric: bool) -> 
 def mse_factor(
     values: np.ndarray, counts: np.ndarray, low: float, high: float, symmetric: bool, bits: int = 8, p: float = 2.0
 ) -> float:
-    """The share of (low, high) with the smallest mean |x - quantized(x)|^p: 1, 0.99, ... down to 0.21; first minimum."""
+    """The share of (low, high), from 1, 0.99, ... to 0.21, with the smallest mean |x - quantized(x)|^p; ties: the first."""
     best, best_error = 1.0, np.inf
     for step in range(_MSE_STEPS):
         factor = 1 - step / _MSE_GRID
-        error = float(np.sum(counts * np.abs(values - _fake_quantize(values, low * factor, high * factor, symmetric, bits)) ** p))
+        error = float(
+            np.sum(counts * np.abs(values - _fake_quantize(values, low * factor, high * factor, symmetric, bits)) ** p)
+        )
         if error < best_error:
             best, best_error = factor, error
     return best

@@ -17,7 +17,7 @@ from edgeattn.quant.quantizer import (
     quantize_weight,
     weight_scale_floor,
 )
-from edgeattn.quant.recipe import Recipe
+from edgeattn.quant.recipe import FIRST_LAYER_REASON, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,10 @@ class Plan:
 def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
     """Decide on a folded floating-point graph what the recipe quantizes."""
     specs = {spec.torch_op: spec for spec in load_ops().values() if spec.quantized}
-    weighted, adds, attention, kept = [], [], [], {}
+    weighted: list[fx.Node] = []
+    adds: list[fx.Node] = []
+    attention: list[tuple[fx.Node, OpSpec]] = []
+    kept: dict[str, str] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
@@ -69,6 +72,8 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
         rule = recipe.rule_for(path)
         if rule is not None:
             kept[path] = rule.reason or f"rule {rule.modules!r}"
+        elif is_weighted and recipe.first_layer == "float" and _reads_input(node):
+            kept[path] = FIRST_LAYER_REASON
         elif spec:
             attention.append((node, spec))
         else:
@@ -79,6 +84,10 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
 
 def _torch_name(node: fx.Node) -> str:
     return f"{node.target.namespace}::{node.target._opname}" if hasattr(node.target, "_opname") else ""  # type: ignore[union-attr]
+
+
+def _reads_input(node: fx.Node) -> bool:
+    return isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
 
 
 def _is_activation(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""`quantize`: a float model, a recipe and real pictures to a graph whose values are those of the exported Q/DQ model."""
+"""`quantize`: a float model, a recipe and real pictures to a graph that computes what the exported model computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def quantize(
         progress: called with (stage, done, total).
 
     Raises:
-        DataError: no or unreadable data. RecipeError: the recipe does not fit. NumericError: NaN, with the layer's name.
+        DataError: no or unreadable data. RecipeError: the recipe does not fit. NumericError: NaN; the layer is named.
     """
     chosen = load_recipe(recipe).for_targets(targets or ["onnxruntime"])
     preprocessing = getattr(model, "preprocessing", None)
@@ -100,7 +100,7 @@ def quantize(
 
 
 def _count_layers(graph: fx.GraphModule) -> int:
-    return len(placement.plan(graph, Recipe(name="all")).weighted)
+    return len(placement.plan(graph, Recipe(name="all", first_layer="int8")).weighted)
 
 
 def _calibrate_and_insert(
@@ -155,17 +155,13 @@ def _observe(
     }  # fmt: skip
 
 
-def _batches(
-    source: ImageSource, recipe: Recipe, preprocessing: Preprocessing, digest: Any = None
-) -> Iterator[Tensor]:
+def _batches(source: ImageSource, recipe: Recipe, preprocessing: Preprocessing, digest: Any = None) -> Iterator[Tensor]:
     pictures: list[np.ndarray] = []
-    count = 0
-    for sample in source:
+    for count, sample in enumerate(source, 1):
         pixels = np.asarray(preprocessing.resize_and_crop(sample.image))
         if digest is not None:
             digest.update(pixels.tobytes())
         pictures.append(preprocessing.normalize(pixels))
-        count += 1
         if len(pictures) == recipe.calibration.batch_size or count == recipe.calibration.images:
             yield torch.from_numpy(np.stack(pictures))
             pictures = []
@@ -178,7 +174,7 @@ def _batches(
 class _Observing(fx.Interpreter):
     """Runs a graph and shows chosen nodes' outputs to observers; values are freed as soon as they are not needed."""
 
-    def __init__(self, graph: fx.GraphModule, watch: dict[fx.Node, Callable[[Tensor], None]]) -> None:
+    def __init__(self, graph: fx.GraphModule, watch: Mapping[fx.Node, Callable[[Tensor], None]]) -> None:
         super().__init__(graph)
         self._watch = watch
 

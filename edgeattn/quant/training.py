@@ -31,7 +31,7 @@ class TrainConfig:
     """Everything that decides the result of a run; stored beside the weights.
 
     Attributes:
-        learning_rate: peak of the one-cycle schedule (linear warm-up over `warmup_share` of the steps, then cosine to 0).
+        learning_rate: peak of the one-cycle schedule (linear warm-up, then cosine to 0).
         ema_decay: decay of the exponential moving average of the weights, which is what is evaluated and saved.
         transpose: also transpose pictures at random (aerial views have no up).
     """
@@ -61,12 +61,13 @@ def _load_pixels(data: Any, preprocessing: Preprocessing) -> _Pixels:
     source = open_source(data)
     if not source.labelled:
         raise DataError(
-            f"{source.where} has no labels; training needs a folder with one sub-folder per class, or an NPZ with 'labels'."
+            f"{source.where} has no labels; training needs a folder with one sub-folder per class, "
+            "or an NPZ with 'labels'."
         )
     images = np.empty((len(source), *preprocessing.size, 3), np.uint8)
     labels = np.empty(len(source), np.int64)
     for i, sample in enumerate(source):
-        images[i], labels[i] = np.asarray(preprocessing.resize_and_crop(sample.image)), sample.label
+        images[i], labels[i] = np.asarray(preprocessing.resize_and_crop(sample.image)), sample.label or 0
     names = source.class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
     return _Pixels(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), names)
 
@@ -102,7 +103,8 @@ class _Trainer:
         self.steps_per_epoch = len(train.labels) // config.batch_size
         if not self.steps_per_epoch:
             raise DataError(
-                f"{len(train.labels)} training images are fewer than one batch of {config.batch_size}; lower --batch-size."
+                f"{len(train.labels)} training images are fewer than one batch of {config.batch_size}; "
+                "lower --batch-size."
             )
         self.total_steps = config.epochs * self.steps_per_epoch
 
@@ -173,7 +175,8 @@ class _Trainer:
     def restore(self, state: dict[str, Any], path: Path) -> None:
         if state["config"] != dataclasses.asdict(self.config):
             raise CheckpointError(
-                f"{path} belongs to a run with other settings ({state['config']}); give those, or another output folder."
+                f"{path} belongs to a run with other settings ({state['config']}); "
+                "give those, or another output folder."
             )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])

@@ -15,7 +15,7 @@ from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import BundleError, UsageError
 from edgeattn.runtime.session import Session
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 RESULTS = "results.jsonl"
@@ -178,7 +178,9 @@ def open_artifact(target: str, model: Path, settings: dict[str, Any], variant: s
 def _read_manifest(path: Path) -> Manifest:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `edgeattn export ... -o {path}`.")
+        raise BundleError(
+            f"{path} is not a bundle: it has no {MANIFEST}. Make one with `edgeattn export ... -o {path}`."
+        )
     text = manifest_path.read_bytes()
     digest_path = path / MANIFEST_DIGEST
     digest = digest_path.read_text().strip() if digest_path.is_file() else "absent"

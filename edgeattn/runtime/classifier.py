@@ -44,7 +44,9 @@ class Classifier:
         weights = np.exp(logits - logits.max())
         index = int(np.argmax(logits))
         names = self.bundle.manifest.class_names
-        return Classification(index, names[index] if names else str(index), float(weights[index] / weights.sum()), logits)
+        return Classification(
+            index, names[index] if names else str(index), float(weights[index] / weights.sum()), logits
+        )
 
 
 def load(path: str | Path, *, target: str | None = None, variant: str | None = None, **settings: Any) -> Classifier:

@@ -54,7 +54,9 @@ class OnnxRuntimeSession:
         }  # fmt: skip
         if self._wants_plugin and self._missing is None:
             info = cpu.plugin_info()
-            self.settings["plugin"] = {"version": info.version, "abi": info.abi, "isa": info.active_isa, "sha256": info.sha256}
+            self.settings["plugin"] = {
+                "version": info.version, "abi": info.abi, "isa": info.active_isa, "sha256": info.sha256,
+            }  # fmt: skip
         started = time.perf_counter()
         self._session = self._create(self._options())
         self.load_ms = (time.perf_counter() - started) * 1e3
@@ -83,8 +85,17 @@ class OnnxRuntimeSession:
             ) from error
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        """Outputs by name.
+
+        Raises:
+            DeviceError: the runtime failed; its reason is kept.
+        """
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            shapes = {name: value.shape for name, value in inputs.items()}
+            raise DeviceError(f"ONNX Runtime failed on {self._model} with inputs {shapes}: {error}") from error
+        return dict(zip(self._outputs, values, strict=True))
 
     def placement(self) -> Placement:
         """Counts the nodes of the graph as the runtime optimised it."""
@@ -100,7 +111,9 @@ class OnnxRuntimeSession:
         counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes)
         reason = self._missing or ""
         if not reason and fused < written:
-            reason = "the artefact was compiled without the plugin" if not self._wants_plugin else "the runtime inlined them"
+            reason = (
+                "the runtime inlined them" if self._wants_plugin else "the artefact was compiled without the plugin"
+            )
         return Placement(fused, written - fused, dict(counts), reason, self._wants_plugin)
 
     def close(self) -> None:

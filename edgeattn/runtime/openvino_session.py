@@ -37,7 +37,7 @@ class OpenVinoSession:
 
     def __init__(self, model: Path, settings: Mapping[str, Any], variant: str) -> None:
         openvino = import_openvino()
-        self.variant = variant
+        self.variant, self._model = variant, model
         threads = settings.get("threads") or available_threads()
         properties = {
             "INFERENCE_PRECISION_HINT": settings.get("inference_precision_hint", "f32"),
@@ -48,7 +48,9 @@ class OpenVinoSession:
         try:
             compiled = openvino.Core().compile_model(str(model), "CPU", properties)
         except RuntimeError as error:
-            raise DeviceError(f"OpenVINO {openvino.__version__} refuses {model}: {error}. Export again here.") from error
+            raise DeviceError(
+                f"OpenVINO {openvino.__version__} refuses {model}: {error}. Export again with this version."
+            ) from error
         self.load_ms = (time.perf_counter() - started) * 1e3
         self.settings: dict[str, Any] = {
             "threads": threads, "inference_precision_hint": properties["INFERENCE_PRECISION_HINT"],
@@ -67,7 +69,11 @@ class OpenVinoSession:
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
     def _run_one(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = self._request.infer(dict(inputs))
+        try:
+            results = self._request.infer(dict(inputs))
+        except RuntimeError as error:
+            shapes = {name: value.shape for name, value in inputs.items()}
+            raise DeviceError(f"OpenVINO failed on {self._model} with inputs {shapes}: {error}") from error
         return {name: np.array(results[name]) for name in self._outputs}
 
     def placement(self) -> Placement:

@@ -36,6 +36,14 @@ class Verification:
         """Every artefact that could run here reproduces its golden outputs, and at least one could."""
         return not self.problems and bool(self.checked)
 
+    def __str__(self) -> str:
+        lines = [f"{self.files} files match their digests"]
+        lines += [f"{name}: golden outputs reproduced to {value:.3g}" for name, value in self.checked.items()]
+        lines += [f"not run: {line}" for line in self.skipped]
+        lines += [f"unlisted file, never loaded: {name}" for name in self.unlisted]
+        lines += [f"FAILED: {line}" for line in self.problems]
+        return "\n".join([*lines, "verified" if self.ok else "NOT verified"])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**dataclasses.asdict(self), "ok": self.ok}
@@ -52,7 +60,7 @@ def golden_difference(session: Session, inputs: np.ndarray, expected: np.ndarray
 
 
 def golden_problems(session: Session, inputs: np.ndarray, expected: np.ndarray, tolerance: float) -> str:
-    """"" when the session reproduces the golden outputs, else what is wrong."""
+    """ "" when the session reproduces the golden outputs, else what is wrong."""
     worst = golden_difference(session, inputs, expected)
     return "" if worst <= tolerance else f"outputs differ by {worst:.3g}, allowed {tolerance:.3g}"
 
@@ -80,5 +88,5 @@ def verify(path: str | Path) -> Verification:
             session.close()
         allowed = bundle.manifest.golden_tolerance[entry.variant]
         if checked[name] > allowed:
-            problems.append(f"{name}: outputs differ from the golden ones by {checked[name]:.3g}, allowed {allowed:.3g}")
+            problems.append(f"{name}: outputs differ from golden by {checked[name]:.3g}, allowed {allowed:.3g}")
     return Verification(len(bundle.manifest.files), checked, tuple(problems), tuple(skipped), tuple(bundle.unlisted()))

@@ -1,0 +1,317 @@
+"""The command line: parse, call one function, print. Progress and warnings go to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeattn import __version__
+from edgeattn.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING_DEPENDENCY,
+    EXIT_OK,
+    EXIT_USAGE,
+    EXIT_VERDICT,
+    EdgeAttnError,
+    UsageError,
+)
+
+app = typer.Typer(
+    name="edgeattn", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="From a vision-transformer checkpoint to a verified quantized artefact, with one verdict.",
+)  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read; each is listed.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="onnxruntime, openvino; repeat for several.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; all processors by default.")]
+Seconds = Annotated[float, typer.Option(min=0.1, help="Time budget of the latency measurement per target.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use this many images, spread over the data.")]
+BundlePath = Annotated[Path, typer.Argument(help="Folder written by `edgeattn export`.")]
+
+
+@app.command("models")
+def models_command(
+    pattern: str = typer.Argument("*", help="Shell pattern, e.g. 'efficientvit_*'."), as_json: Json = False
+) -> None:
+    """List the models of the zoo."""
+    from edgeattn import list_models
+
+    names = list_models(pattern)
+    _print(names, as_json, lambda: "\n".join(names))
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`) or package.module:callable.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the bundle to.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint: .pth or .safetensors, official or timm names.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Export an untrained model (latency only).")
+    ] = False,
+    quant: Annotated[str, typer.Option(help="Recipe: a preset (w8a8, float32) or a YAML file.")] = "w8a8",
+    calib: Annotated[Path | None, typer.Option(help="Calibration images: a folder or an .npz file.")] = None,
+    target: Targets = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Re-initialise the head for this many classes.")
+    ] = None,
+    img_size: Annotated[str | None, typer.Option(help="Input side, or HEIGHTxWIDTH, in pixels.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint and write a verified bundle for the targets."""
+    from edgeattn.export.pipeline import export
+    from edgeattn.models.factory import create_model
+
+    if weights is None and not random_weights:
+        raise UsageError(
+            "no weights: pass --weights FILE, or --random-weights to export an untrained model (latency only)."
+        )
+    if out.exists() and not overwrite:
+        raise UsageError(f"output {out} exists; choose another folder, or pass --overwrite to replace it.")
+    module = create_model(model, weights=weights, num_classes=num_classes, img_size=_size(img_size))
+    with _progress() as progress:
+        bundle = export(
+            module, target or ["onnxruntime"], out, recipe=quant, data=calib,
+            overwrite=overwrite, skip_bad=skip_bad, progress=progress,
+        )  # fmt: skip
+    _print(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
+
+
+@app.command("check")
+def check_command(
+    bundle: BundlePath,
+    data: Annotated[Path, typer.Option(help="Validation images: a folder (sub-folders are classes) or an .npz file.")],
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "local",
+    gate: Annotated[str, typer.Option(help="Accuracy gate: mlperf99 or mlperf999.")] = "mlperf99",
+    target: Targets = None,
+    threads: Threads = None,
+    limit: Limit = None,
+    seconds: Seconds = 20.0,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, latency and placement against float32; one verdict, one exit code (0 PASS, 1 no, 5 inconclusive)."""
+    from edgeattn.devices.check import check
+
+    with _progress() as progress:
+        result = check(
+            bundle, data, device=device, gate=gate, targets=target, threads=threads, limit=limit,
+            seconds=seconds, skip_bad=skip_bad, progress=progress,
+        )  # fmt: skip
+    _print_result(result, as_json)
+
+
+@app.command("bench")
+def bench_command(
+    bundle: BundlePath, target: Targets = None, threads: Threads = None, seconds: Seconds = 20.0, as_json: Json = False
+) -> None:
+    """Latency of every artefact, interleaved with float32."""
+    from edgeattn.devices.check import bench
+
+    with _progress() as progress:
+        result = bench(bundle, targets=target, threads=threads, seconds=seconds, progress=progress)
+    _print_result(result, as_json)
+
+
+@app.command("eval")
+def eval_command(
+    bundle: BundlePath,
+    data: Annotated[Path, typer.Option(help="Validation images: a folder (sub-folders are classes) or an .npz file.")],
+    target: Targets = None,
+    threads: Threads = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of every artefact on the same images, against float32."""
+    from edgeattn.devices.check import evaluate_bundle
+
+    with _progress() as progress:
+        result = evaluate_bundle(
+            bundle, data, targets=target, threads=threads, limit=limit, skip_bad=skip_bad, progress=progress
+        )
+    _print_result(result, as_json)
+
+
+@app.command("verify")
+def verify_command(bundle: BundlePath, as_json: Json = False) -> None:
+    """Re-hash every file of a bundle and re-run its golden inputs."""
+    from edgeattn.runtime.verify import verify
+
+    result = verify(bundle)
+    _print(result.to_dict(), as_json, lambda: str(result))
+    if not result.ok:
+        raise typer.Exit(EXIT_VERDICT if result.problems else EXIT_MISSING_DEPENDENCY)
+
+
+@app.command("inspect")
+def inspect_command(bundle: BundlePath, as_json: Json = False) -> None:
+    """What a bundle holds and how it was made."""
+    from edgeattn.runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    _print(_manifest(opened), as_json, lambda: _describe(opened))
+
+
+@app.command("train")
+def train_command(
+    model: Annotated[str, typer.Argument(help="Name of the zoo.")],
+    data: Annotated[Path, typer.Option(help="Labelled training images: class sub-folders or an .npz file.")],
+    val: Annotated[Path, typer.Option(help="Labelled validation images.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for weights, recipe and log; a killed run goes on there.")
+    ],
+    epochs: Annotated[int, typer.Option(min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    img_size: Annotated[int, typer.Option(min=16)] = 112,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    seed: int = 20261120,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier (AdamW, one-cycle cosine, label smoothing, flips, EMA); resumes after a kill."""
+    from edgeattn.quant.training import TrainConfig, train
+
+    config = TrainConfig(
+        model, img_size=img_size, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
+    record = train(config, data, val, out, lambda line: typer.echo(json.dumps(line), err=True))
+    _print(record, as_json, lambda: f"{out / 'model.safetensors'}: top-1 {100 * record['val_top1']:.2f} % on {val}")
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """What works here, what is missing, and the command that fixes it."""
+    from edgeattn.devices.doctor import diagnose
+
+    findings = diagnose()
+    _print([f.to_dict() for f in findings], as_json, lambda: "\n".join(map(str, findings)))
+    if not all(f.ok for f in findings if f.required):
+        raise typer.Exit(EXIT_MISSING_DEPENDENCY)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit(EXIT_OK)
+
+
+def _size(text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+        raise UsageError(f"--img-size {text!r}: expected one side such as 224, or HEIGHTxWIDTH such as 224x320.")
+    sides = [int(p) for p in parts]
+    return sides[0] if len(sides) == 1 else sides
+
+
+def _print(data: Any, as_json: bool, text: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False) if as_json else text())
+
+
+def _manifest(bundle: Any) -> dict[str, Any]:
+    return json.loads(bundle.manifest.model_dump_json(by_alias=True))
+
+
+def _describe(bundle: Any) -> str:
+    from edgeattn.export.model_card import model_card
+
+    return f"{bundle.path}\n\n{model_card(bundle.manifest)}".rstrip()
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    from edgeattn.devices.report import summary_rows
+
+    if as_json:
+        _print({**result.to_dict(), "rows": summary_rows(result), "exit_code": result.exit_code}, True, None)
+    else:
+        _print_table(summary_rows(result))
+        typer.echo("\n".join(filter(None, [f"verdict: {result.verdict}" if result.verdict else "", result.message])))
+    raise typer.Exit(result.exit_code)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def cell(value: float | None, pattern: str) -> str:
+        return "" if value is None else pattern.format(value)
+
+    table = Table("target", "variant")
+    for name in ("top-1 %", "agreement %", "SQNR dB", "p50 ms", "p90 ms", "size MB", "speed-up"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        size = row["size_bytes"] / 1e6
+        interval = row["speedup_interval"]
+        speed = cell(row["speedup"], "{:.2f}") + (
+            f" ({interval['low']:.2f}-{interval['high']:.2f})" if interval else ""
+        )
+        table.add_row(
+            row["target"], row["variant"], cell(row["top1"], "{:.2f}"), cell(row["agreement"], "{:.2f}"),
+            cell(row["sqnr_db"], "{:.1f}"), cell(row["p50_ms"], "{:.3f}"), cell(row["p90_ms"], "{:.3f}"),
+            cell(size, "{:.2f}"), speed,
+        )  # fmt: skip
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar on stderr: one line per stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            # No refresh thread: it would disturb latency measurements.
+            bars.update(tasks[stage], completed=done, total=total, refresh=True)
+
+        yield report
+
+
+def main() -> None:
+    """Entry point: edgeattn errors become one message on stderr (and JSON on stdout with --json) and an exit code."""
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except EdgeAttnError as error:
+        _fail(type(error).__name__, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted", "interrupted; nothing half-written was left behind.", EXIT_INTERRUPTED)
+    except (OSError, MemoryError) as error:
+        _fail(
+            type(error).__name__,
+            f"{error}. The operating system refused; nothing half-written was left behind.",
+            EXIT_USAGE,
+        )
+
+
+def _fail(kind: str, message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    if "--json" in sys.argv:
+        typer.echo(json.dumps({"error": kind, "message": message, "exit_code": code}))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""check, bench and eval of a bundle on this machine: measure, judge, append the record, redraw the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edgeattn.data.source import ImageSource, open_source
+from edgeattn.devices.accuracy import AccuracyResult, evaluate
+from edgeattn.devices.labels import label_indices
+from edgeattn.devices.latency import LatencyResult, SpeedupResult, measure_latency
+from edgeattn.devices.report import write_report
+from edgeattn.devices.results import append_result, check_writable, machine_facts, read_results, utc_now
+from edgeattn.devices.verdict import (
+    Gate,
+    Verdict,
+    combine,
+    gate_by_name,
+    judge_accuracy,
+    judge_placement,
+    judge_speed,
+    most_severe,
+)
+from edgeattn.errors import EXIT_OK, UsageError
+from edgeattn.runtime.bundle import MANIFEST_DIGEST, RESULTS, Bundle
+from edgeattn.runtime.session import Placement, Session
+
+Kind = Literal["check", "bench", "eval"]
+Progress = Callable[[str, int, int], None]
+VARIANTS = ("float32", "quantized")
+DEFAULT_SECONDS = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetResult:
+    """One target; dictionaries are by variant. bench leaves accuracy empty, eval leaves latency; only check judges."""
+
+    target: str
+    verdict: Verdict | None
+    message: str
+    accuracy: dict[str, AccuracyResult]
+    latency: dict[str, LatencyResult]
+    speedup: SpeedupResult | None
+    placement: dict[str, Placement]
+    settings: dict[str, dict[str, Any]]
+    size_bytes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "target": self.target, "verdict": self.verdict, "message": self.message,
+            "accuracy": {name: result.to_dict() for name, result in self.accuracy.items()},
+            "latency": {name: result.to_dict() for name, result in self.latency.items()},
+            "speedup": self.speedup and self.speedup.to_dict(),
+            "placement": {name: placement.to_dict() for name, placement in self.placement.items()},
+            "settings": self.settings, "size_bytes": self.size_bytes,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckResult:
+    """Result of check, bench or eval.
+
+    Attributes:
+        verdict: the most severe of the targets'; None for bench and eval.
+        message: one sentence for each target.
+        data: where the images came from. skipped: images that could not be read and were left out.
+        converted: how many images changed their pixel format, by what was done.
+        command: reproduces this result. time: UTC. bundle_sha256: digest of the bundle's manifest.
+    """
+
+    kind: Kind
+    verdict: Verdict | None
+    message: str
+    gate: Gate | None
+    targets: tuple[TargetResult, ...]
+    data: str | None
+    skipped: tuple[str, ...]
+    converted: dict[str, int]
+    command: str
+    time: str
+    bundle_sha256: str | None
+    machine: dict[str, Any]
+
+    @property
+    def exit_code(self) -> int:
+        """0 PASS, 1 DRIFT, FALLBACK or SLOWER, 5 INCONCLUSIVE; 0 for bench and eval."""
+        return EXIT_OK if self.verdict is None else self.verdict.exit_code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, one line of `results.jsonl`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **values, "gate": self.gate and self.gate.to_dict(),
+            "targets": [target.to_dict() for target in self.targets], "skipped": list(self.skipped),
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What to do, with every choice made."""
+
+    kind: Kind
+    bundle: Bundle
+    targets: tuple[str, ...]
+    source: ImageSource | None
+    gate: Gate | None
+    threads: int | None
+    limit: int | None
+    batch_size: int
+    seconds: float
+    progress: Progress | None
+
+
+def check(
+    bundle: Bundle | str | Path,
+    data: Any,
+    *,
+    device: str | None = None,
+    gate: str = "mlperf99",
+    targets: Sequence[str] | None = None,
+    threads: int | None = None,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Is the quantized model as accurate as promised, faster than float32, and running where it should?
+
+    Args:
+        bundle: opened, or its path.
+        data: folder, .npz, iterable or `ImageSource` of real images; labels are optional.
+        device: None or "local": this machine.
+        gate: a name of `GATES`.
+        targets: None: all of the bundle.
+        threads: None: as each artefact was exported.
+        limit: use this many images, spread over the data.
+        seconds: time budget of the latency measurement of one target.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: unknown device, gate or target. DataError, NumericError, DeviceError: see `evaluate` and `Bundle`.
+    """
+    _check_device(device)
+    chosen, source = gate_by_name(gate), open_source(data, skip_bad)
+    opened = _opened(bundle)
+    plan = _Plan("check", opened, _targets(opened, targets), source, chosen, threads, limit, 1, seconds, progress)
+    return _run(plan, _command(plan, skip_bad))
+
+
+def bench(
+    bundle: Bundle | str | Path,
+    *,
+    device: str | None = None,
+    targets: Sequence[str] | None = None,
+    threads: int | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    data: Any = None,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Latency and placement only, on the first image of `data` or the bundle's golden input. Arguments as `check`."""
+    _check_device(device)
+    opened = _opened(bundle)
+    source = None if data is None else open_source(data)
+    plan = _Plan("bench", opened, _targets(opened, targets), source, None, threads, None, 1, seconds, progress)
+    return _run(plan, _command(plan, False))
+
+
+def evaluate_bundle(
+    bundle: Bundle | str | Path,
+    data: Any,
+    *,
+    device: str | None = None,
+    targets: Sequence[str] | None = None,
+    threads: int | None = None,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Accuracy and placement only. Arguments as `check`."""
+    _check_device(device)
+    opened, source = _opened(bundle), open_source(data, skip_bad)
+    plan = _Plan("eval", opened, _targets(opened, targets), source, None, threads, limit, batch_size, 0.0, progress)
+    return _run(plan, _command(plan, skip_bad))
+
+
+def _check_device(device: str | None) -> None:
+    if device not in (None, "local"):
+        raise UsageError(
+            f"device {device!r} is not this machine; this version measures on this machine (no device, or 'local'). "
+            "Remote devices come with the device lab; until then copy the bundle there and run it there."
+        )
+
+
+def _opened(bundle: Bundle | str | Path) -> Bundle:
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_writable(opened.path / RESULTS)
+    return opened
+
+
+def _targets(bundle: Bundle, targets: Sequence[str] | None) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(targets)) if targets else tuple(bundle.targets)
+    for target in chosen:
+        for variant in VARIANTS:
+            bundle.artifact(target, variant)
+    if not chosen:
+        raise UsageError(f"{bundle.path} holds no artefact; export the model for at least one target.")
+    return chosen
+
+
+def _run(plan: _Plan, command: str) -> CheckResult:
+    # The machine's load is part of the evidence, so it is read before this process adds to it.
+    machine, started = machine_facts(), utc_now()
+    _check_labels(plan)
+    image = _latency_input(plan) if plan.kind != "eval" else None
+    results = tuple(_measure(plan, target, image) for target in plan.targets)
+    digest, source = plan.bundle.path / MANIFEST_DIGEST, plan.source
+    judged = [result for result in results if result.verdict is not None]
+    result = CheckResult(
+        kind=plan.kind,
+        verdict=most_severe(r.verdict for r in judged if r.verdict) if judged else None,
+        message="\n".join(f"{r.target}: {r.verdict}: {r.message}." for r in judged),
+        gate=plan.gate,
+        targets=results,
+        data=None if source is None else source.where,
+        skipped=() if source is None else tuple(source.skipped),
+        converted={} if source is None else dict(source.converted),
+        command=command,
+        time=started,
+        bundle_sha256=digest.read_text().strip() if digest.is_file() else None,
+        machine=machine,
+    )
+    append_result(plan.bundle.path / RESULTS, result.to_dict())
+    write_report(plan.bundle, read_results(plan.bundle.path / RESULTS))
+    return result
+
+
+def _check_labels(plan: _Plan) -> None:
+    """Labels that do not fit are found before minutes are spent on timing."""
+    outputs = plan.bundle.manifest.output.shape[-1]
+    if plan.source is not None and plan.source.labelled and plan.kind != "bench" and outputs is not None:
+        label_indices(plan.source, plan.bundle.manifest.class_names, outputs)
+
+
+def _latency_input(plan: _Plan) -> np.ndarray:
+    """(1, channels, height, width) float32."""
+    if plan.source is None:
+        return plan.bundle.golden()["input"][:1]
+    return plan.bundle.preprocessing(next(iter(plan.source)).image)[None]
+
+
+def _measure(plan: _Plan, target: str, image: np.ndarray | None) -> TargetResult:
+    bundle, manifest = plan.bundle, plan.bundle.manifest
+    overrides = {} if plan.threads is None else {"threads": plan.threads}
+    accuracy: dict[str, AccuracyResult] = {}
+    latency: dict[str, LatencyResult] = {}
+    speedup = None
+    with contextlib.ExitStack() as stack:
+        # Only this target's two sessions are open: other thread pools would disturb their timing.
+        sessions: dict[str, Session] = {}
+        for variant in VARIANTS:
+            sessions[variant] = bundle.open_session(target, variant, **overrides)
+            stack.callback(sessions[variant].close)
+        if image is not None:
+            # Before accuracy, so that the first inference is the session's first.
+            inputs = {manifest.input.name: image}
+            compared = measure_latency(sessions, inputs, seconds=plan.seconds, progress=_staged(plan.progress, target))
+            latency, speedup = compared.results, compared.speedups[0]
+        if plan.source is not None and plan.kind != "bench":
+            accuracy = evaluate(
+                sessions, plan.source, bundle.preprocessing, input_name=manifest.input.name,
+                output_name=manifest.output.name, class_names=manifest.class_names, batch_size=plan.batch_size,
+                limit=plan.limit, progress=_staged(plan.progress, target),
+            )  # fmt: skip
+        placement = {variant: session.placement() for variant, session in sessions.items()}
+        settings = {variant: dict(session.settings) for variant, session in sessions.items()}
+    sizes = {variant: bundle.size_bytes(target, variant) for variant in VARIANTS}
+    result = TargetResult(target, None, "", accuracy, latency, speedup, placement, settings, sizes)
+    return result if plan.gate is None else judge(result, plan.gate)
+
+
+def judge(result: TargetResult, gate: Gate) -> TargetResult:
+    """The same measurements with verdict and message; `result` has accuracy, latency and placement."""
+    assert result.speedup is not None
+    found = combine([
+        judge_accuracy(result.accuracy["quantized"], gate),
+        judge_placement(result.placement["quantized"]),
+        judge_speed(result.speedup, result.latency["quantized"]),
+    ])  # fmt: skip
+    return dataclasses.replace(result, verdict=found.verdict, message=found.sentence)
+
+
+def _staged(progress: Progress | None, target: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{target}: {stage}", done, total)
+
+
+def _command(plan: _Plan, skip_bad: bool) -> str:
+    """The command line that measures the same again."""
+    words = ["edgeattn", plan.kind, str(plan.bundle.path)]
+    if plan.source is not None:
+        where = plan.source.where
+        # Pictures handed over in Python have no path; the placeholder says so.
+        words += ["--data", where if Path(where).exists() else f"<{where}>"]
+    if plan.gate is not None:
+        words += ["--gate", plan.gate.name]
+    for target in plan.targets:
+        words += ["--target", target]
+    if plan.threads is not None:
+        words += ["--threads", str(plan.threads)]
+    if plan.limit is not None:
+        words += ["--limit", str(plan.limit)]
+    if plan.kind != "eval":
+        words += ["--seconds", f"{plan.seconds:g}"]
+    if plan.batch_size != 1:
+        words += ["--batch-size", str(plan.batch_size)]
+    if skip_bad:
+        words.append("--skip-bad")
+    return shlex.join(words)
