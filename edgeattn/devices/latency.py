@@ -25,10 +25,13 @@ from edgeattn.runtime.session import Session
 WARMUP_RUNS = 10
 WARMUP_SECONDS = 0.5
 # Thread pools of an idle session spin for a while after its last run and slow down the other one. So a turn is a block
-# of consecutive runs, and its first runs, which meet the other pool still spinning and cold caches, are not counted.
+# of consecutive runs, and its first runs, which meet the other pool still spinning and cold caches, are not counted:
+# at least BLOCK_DISCARD runs and SETTLE_MS. Without the time, p90 of a 0.5 ms model read 5 ms: a scheduler slice lost
+# to a spinning thread.
 BLOCK_RUNS = 20
 SMALLEST_BLOCK_RUNS = 7
 BLOCK_DISCARD = 3
+SETTLE_MS = 40.0
 WANTED_ROUNDS = 10
 # A model too slow for the least number of runs is given up after this many times the time budget.
 OVERTIME = 10
@@ -41,6 +44,7 @@ class LatencyResult:
 
     Attributes:
         load_ms, first_ms: loading and the first inference; in no other number.
+        settle_ms: time at the start of each block whose runs are not counted.
         settings: the session's own record of what it ran with.
         samples_ms: counted runs by round, shape (rounds, block_runs), milliseconds.
     """
@@ -51,7 +55,7 @@ class LatencyResult:
     first_ms: float
     settings: dict[str, Any]
     warmup_runs: int
-    block_discard: int
+    settle_ms: float
     samples_ms: tuple[tuple[float, ...], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +67,7 @@ class LatencyResult:
             "first_ms": self.first_ms,
             "settings": self.settings,
             "warmup_runs": self.warmup_runs,
-            "block_discard": self.block_discard,
+            "settle_ms": self.settle_ms,
             "samples_ms": [[round(sample, 6) for sample in block] for block in self.samples_ms],
         }
 
@@ -113,8 +117,10 @@ class _Series:
         return len(times), float(np.median(times))
 
     def run_block(self, runs: int) -> None:
-        times = [self.run_ms() for _ in range(BLOCK_DISCARD + runs)]
-        self.blocks.append(tuple(times[BLOCK_DISCARD:]))
+        settling: list[float] = []
+        while len(settling) < BLOCK_DISCARD or sum(settling) < SETTLE_MS:
+            settling.append(self.run_ms())
+        self.blocks.append(tuple(self.run_ms() for _ in range(runs)))
 
     @property
     def runs(self) -> int:
@@ -175,7 +181,8 @@ def _check_arguments(sessions: Mapping[str, Session], inputs: Mapping[str, np.nd
 
 def _block_runs(typical_ms: list[float], seconds: float) -> int:
     """Runs in a block: as many as let WANTED_ROUNDS fit the budget, within limits."""
-    fitting = seconds * 1e3 / (WANTED_ROUNDS * max(sum(typical_ms), 1e-6)) - BLOCK_DISCARD
+    settling = sum(max(BLOCK_DISCARD * run_ms, SETTLE_MS) for run_ms in typical_ms)
+    fitting = (seconds * 1e3 / WANTED_ROUNDS - settling) / max(sum(typical_ms), 1e-6)
     return int(max(SMALLEST_BLOCK_RUNS, min(BLOCK_RUNS, fitting)))
 
 
@@ -198,7 +205,7 @@ def _comparison(series: Mapping[str, _Series]) -> LatencyComparison:
     results = {
         name: LatencyResult(
             name, summarize_latency(np.array(one.blocks)), one.session.load_ms, one.first_ms,
-            dict(one.session.settings), one.warmup_runs, BLOCK_DISCARD, tuple(one.blocks),
+            dict(one.session.settings), one.warmup_runs, SETTLE_MS, tuple(one.blocks),
         )
         for name, one in series.items()
     }  # fmt: skip

@@ -1,10 +1,11 @@
 import gc
+import itertools
 
 import numpy as np
 import pytest
 
 from edgeattn.devices import latency
-from edgeattn.devices.latency import BLOCK_DISCARD, BLOCK_RUNS, measure_latency
+from edgeattn.devices.latency import BLOCK_DISCARD, BLOCK_RUNS, SETTLE_MS, measure_latency
 from edgeattn.errors import UsageError
 
 IMAGE = {"input": np.zeros((1, 3, 4, 4), np.float32)}
@@ -48,9 +49,10 @@ def test_turns_are_blocks_in_abba_order(clock, pair):
         session.log = log
     result = measure_latency(sessions, IMAGE, clock=clock)
     counted = log[sum(1 + r.warmup_runs for r in result.results.values()) :]
-    block = BLOCK_DISCARD + BLOCK_RUNS
-    turns = [set(counted[i : i + block]) for i in range(0, 4 * block, block)]
-    assert turns == [{"float32"}, {"quantized"}, {"quantized"}, {"float32"}]
+    slow, fast = int(SETTLE_MS / 2.0) + BLOCK_RUNS, int(SETTLE_MS / 1.0) + BLOCK_RUNS
+    turns = [(name, len(list(runs))) for name, runs in itertools.groupby(counted)]
+    # Reversing every second round joins two blocks of the same session.
+    assert turns[:4] == [("float32", slow), ("quantized", 2 * fast), ("float32", 2 * slow), ("quantized", 2 * fast)]
 
 
 def test_first_runs_of_a_block_do_not_count(clock, make_session):
