@@ -33,7 +33,7 @@ def percentile_range(values: np.ndarray, percentile: float, symmetric: bool) -> 
 def mse_factor(
     values: np.ndarray, counts: np.ndarray, low: float, high: float, symmetric: bool, bits: int = 8, p: float = 2.0
 ) -> float:
-    """The share of (low, high), from 1, 0.99, ... to 0.21, with the smallest mean |x - quantized(x)|^p; ties: the first."""
+    """The share of (low, high), from 1, 0.99, ... to 0.21, with the least mean |x - quantized(x)|^p; ties: the first."""
     best, best_error = 1.0, np.inf
     for step in range(_MSE_STEPS):
         factor = 1 - step / _MSE_GRID
@@ -61,7 +61,8 @@ def entropy_threshold(histogram: np.ndarray, bin_width: float) -> tuple[float, n
     """(threshold, KL of every candidate) for a histogram of |x| that starts at 0.
 
     Candidate i keeps the first i bins; the reference has the tail added to its last bin, the quantized distribution is
-    the same bins without the tail, averaged over the occupied bins of 128 cells. The first minimum wins.
+    the same bins without the tail, averaged over the bins that the reference occupies in each of 128 cells. The first
+    minimum wins.
     """
     histogram = np.asarray(histogram, np.float64)
     curve = np.array([_divergence(histogram, i) for i in range(_KL_LEVELS, len(histogram) + 1)])
@@ -75,7 +76,7 @@ def _divergence(histogram: np.ndarray, count: int) -> float:
     reference[-1] += histogram[count:].sum()
     width = count // _KL_LEVELS
     cell = np.minimum(np.arange(count) // width, _KL_LEVELS - 1)
-    occupied = kept > 0
+    occupied = reference > 0
     sums = np.bincount(cell, kept, _KL_LEVELS)
     sizes = np.bincount(cell, occupied, _KL_LEVELS)
     quantized = np.where(occupied, (sums / np.maximum(sizes, 1))[cell], 0.0)

@@ -44,11 +44,16 @@ def activation_parameters(low: float, high: float, signedness: str) -> tuple[Ten
     """(scale, zero_point) per tensor: asymmetric uint8 whose range is widened to hold 0, or symmetric int8."""
     low, high = min(low, 0.0), max(high, 0.0)
     if signedness == "int8":
-        scale = np.float32(max(-low, high) / 127 or 1.0)
+        scale = _scale(max(-low, high), 127)
         return torch.tensor(float(scale)), torch.tensor(0, dtype=torch.int8)
-    scale = np.float32((high - low) / 255 or 1.0)
+    scale = _scale(high - low, 255)
     zero_point = int(np.clip(np.rint(-low / scale), 0, 255))
     return torch.tensor(float(scale)), torch.tensor(zero_point, dtype=torch.uint8)
+
+
+def _scale(span: float, levels: int) -> np.float32:
+    """A normal float32: 1 for a tensor of zeros, never zero or subnormal for a tiny span."""
+    return np.float32(max(span / levels, float(np.finfo(np.float32).tiny)) if span else 1.0)
 
 
 def quantize_weight(weight: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:

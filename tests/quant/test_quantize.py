@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgeattn import create_model
+from edgeattn.data.preprocessing import Preprocessing
+from edgeattn.errors import DataError, NumericError, RecipeError, UsageError
+from edgeattn.models.folding import fuse_attention
+from edgeattn.quant.fold import fold
+from edgeattn.quant.graph import aten, calls, capture, module_path
+from edgeattn.quant.quantize import quantize
+from edgeattn.quant.quantizer import quantize_bias, quantize_weight, weight_scale_floor
+from edgeattn.quant.recipe import load_recipe
+from tests.conftest import TINY, randomize
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+@pytest.mark.parametrize("name, size", [("efficientvit_m0", 112), ("efficientvit_m2", 240), ("efficientvit_m5", (64, 96))])
+def test_folding_keeps_the_function(name, size, distillation):
+    torch.manual_seed(0)
+    model = randomize(create_model(name, img_size=size, num_classes=11, distillation=distillation))
+    x = torch.randn(2, 3, *model.preprocessing.size)
+    graph = capture(fuse_attention(model), x)
+    counts = fold(graph)
+    with torch.no_grad():
+        want, got = model(x), graph(x)
+    assert (want - got).abs().max() < 1e-4 * want.std()
+    assert not calls(graph, aten.batch_norm.default) and counts["residual_depthwise"] >= 10
+    assert model.state_dict().keys() == create_model(name, distillation=distillation).state_dict().keys()
+
+
+class Awkward(torch.nn.Module):
+    """What must not fold: a branch that is used twice, a strided depthwise residual, a convolution that is not depthwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.preprocessing = Preprocessing(size=(8, 8))
+        self.a, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
+        self.dw = torch.nn.Conv2d(3, 3, 3, padding=1, groups=3)
+        self.full = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.out = torch.nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = self.bn(y) + y
+        y = y + self.full(y)
+        z = self.dw(y)
+        return self.out((y + z + z.mean()).mean((2, 3)))
+
+
+def test_only_exact_patterns_fold():
+    model = randomize(Awkward())
+    graph = capture(model, torch.zeros(2, 3, 8, 8))
+    assert fold(graph) == {"conv_bn": 0, "bn_linear": 0, "residual_depthwise": 0}
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.allclose(graph(x), model(x), atol=1e-6)
+
+
+def test_quantized_graph_is_close_and_counts_its_precisions(tiny_model, pictures):
+    result = quantize(tiny_model, "w8a8", pictures)
+    x = torch.stack([torch.from_numpy(tiny_model.preprocessing.normalize(p)) for p in pictures])
+    with torch.no_grad():
+        a, b = result.float_graph(x), result.graph(x)
+    assert 10 * torch.log10((a**2).sum() / ((a - b) ** 2).sum()) > 15
+    assert result.precision["attention: int8 weights, float32 activations"] == 3 and result.precision["int8"] > 40
+    assert result.calibration["images"] == 32 and any("calibrated on 32 images only" in n for n in result.notes)
+    assert torch.equal(tiny_model(x), tiny_model(x)), "the given model still runs"
+
+
+def test_same_data_gives_the_same_numbers(tiny_model, pictures):
+    first, second = (quantize(tiny_model, "w8a8", iter(pictures)) for _ in range(2))
+    assert first.calibration["sha256"] == second.calibration["sha256"]
+    for (name, a), (_, b) in zip(first.graph.named_buffers(), second.graph.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_int8_activations_are_symmetric_for_targets_that_want_it(tiny_model, pictures):
+    recipe = load_recipe({"name": "s", "activations": {"signedness": "int8"}})
+    graph = quantize(tiny_model, recipe, pictures).graph
+    points = [b for n, b in graph.named_buffers() if n.endswith("zero_point")]
+    assert points and all((p == 0).all() for p in points) and {p.dtype for p in points} <= {torch.int8, torch.int32}
+
+
+def test_rules_keep_layers_float_and_say_why(tiny_model, pictures):
+    rules = [{"modules": "blocks2.*", "reason": "test"}, {"modules": "head*"}]
+    result = quantize(tiny_model, {"name": "r", "rules": rules, "first_layer": "int8"}, pictures)
+    kept = [n for n in calls(result.graph, aten.conv2d.default, aten.linear.default) if n.args[1].op == "get_attr"]
+    assert {module_path(n).split(".")[0] for n in kept} == {"blocks2", "head"}
+    assert any(note.startswith("float32: blocks2.0.0.m.c (test)") for note in result.notes)
+    with pytest.raises(RecipeError, match="quantizes no layer"):
+        quantize(tiny_model, {"name": "none", "rules": [{"modules": "*"}]}, pictures)
+
+
+def test_float_recipe_needs_no_data(tiny_model):
+    result = quantize(tiny_model, "float32")
+    assert result.graph is result.float_graph and result.calibration is None
+
+
+def test_no_data_and_models_without_preprocessing(tiny_model):
+    with pytest.raises(DataError, match="never calibrates or validates on random data"):
+        quantize(tiny_model, "w8a8")
+    with pytest.raises(UsageError, match="Linear has no `preprocessing`"):
+        quantize(torch.nn.Linear(3, 3), "float32")
+
+
+def test_nan_in_activations_names_the_layer(tiny_model, pictures):
+    with torch.no_grad():
+        tiny_model.blocks2[1].conv1.bn.running_var.fill_(-1.0)
+    with pytest.raises(NumericError, match=r"blocks2\.1\."):
+        quantize(tiny_model, "w8a8", pictures)
+
+
+def test_own_model_takes_the_same_path(pictures):
+    result = quantize(randomize(Awkward()), "w8a8", pictures)
+    assert result.precision["int8"] >= 4 and result.graph(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_dead_channels_keep_their_bias():
+    weight = torch.randn(4, 3, 1, 1)
+    weight[1] = 0
+    bias, input_scale = torch.tensor([0.5, -0.75, 1e4, 0.0]), torch.tensor(0.01)
+    codes, scale = quantize_weight(weight, weight_scale_floor(bias, input_scale))
+    bias_codes, bias_scale = quantize_bias(bias, input_scale, scale)
+    assert (codes[1] == 0).all() and bias_codes.abs().max() <= 2**30
+    assert torch.allclose(bias_codes * bias_scale, bias, atol=1e-2, rtol=1e-6)
+
+
+def test_config_is_plain_data(tiny_model, pictures):
+    result = quantize(tiny_model, "w8a8", np.stack(pictures))
+    assert json.dumps([result.config, result.calibration, result.precision])

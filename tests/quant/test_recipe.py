@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from edgeattn.errors import RecipeError
+from edgeattn.quant.recipe import PRESETS, Recipe, json_schema, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_yaml(name, tmp_path):
+    (tmp_path / "r.yaml").write_text(PRESETS[name].to_yaml())
+    assert load_recipe(tmp_path / "r.yaml") == PRESETS[name] == load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"name": "x", "wieghts": None}, "unknown key 'wieghts', did you mean 'weights'"),
+        ({"name": "x", "activations": {"observer": {"percentil": 9}}}, "unknown key 'activations.observer.percentil'"),
+        ({"name": "x", "weights": {"bits": 3}}, r"weights\.bits: Input should be 8 \(found 3\)"),
+        ({}, "name: Field required"),
+        ({"name": "x", "schema_version": 2}, "schema_version: Input should be 1"),
+        ({"name": "x", "activations": None}, "must both be set or both be null"),
+        ({"name": "x", "calibration": {"images": 0}}, "calibration.images"),
+    ],
+)
+def test_wrong_recipes_name_the_place(values, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(values)
+
+
+def test_unknown_preset_and_unreadable_files(tmp_path):
+    with pytest.raises(RecipeError, match="unknown recipe 'w8a88': did you mean w8a8"):
+        load_recipe("w8a88")
+    with pytest.raises(RecipeError, match="cannot read recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    for text, said in (("[1]", "holds a list"), ("{a: [", "cannot read recipe")):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(tmp_path / "r.yaml")
+
+
+def test_signedness_follows_the_targets():
+    recipe = PRESETS["w8a8"]
+    assert recipe.for_targets(["onnxruntime", "openvino"]).activations.signedness == "uint8"
+    assert recipe.for_targets(["tensorrt"]).activations.signedness == "int8"
+    with pytest.raises(RecipeError, match=r"onnxruntime: uint8, tensorrt: int8.*signedness to int8"):
+        recipe.for_targets(["onnxruntime", "tensorrt"])
+    unsigned = load_recipe({"name": "u", "activations": {"signedness": "uint8"}})
+    with pytest.raises(RecipeError, match="tensorrt takes symmetric int8"):
+        unsigned.for_targets(["tensorrt"])
+
+
+def test_rules_match_module_names_by_shell_pattern():
+    recipe = Recipe(name="x", rules=[{"modules": "blocks2.*.dw?.m.c", "reason": "because"}])
+    assert recipe.rule_for("blocks2.3.dw0.m.c").reason == "because" and recipe.rule_for("blocks3.3.dw0.m.c") is None
+
+
+def test_published_schema_is_current_and_accepts_the_presets():
+    assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema()
+    assert set(yaml.safe_load(PRESETS["w8a8"].to_yaml())) <= set(json_schema()["properties"])
+    assert json_schema()["additionalProperties"] is False
