@@ -87,16 +87,27 @@ def quantize(
     notes = list(getattr(model, "notes", []))
     notes.append("folded: " + ", ".join(f"{count} {what}" for what, count in folds.items() if count))
     graph, precision, calibration = float_graph, {"float32": _count_layers(float_graph)}, None
+    source = None if chosen.is_float and data is None else open_source(data, skip_bad)
     if not chosen.is_float:
-        source = open_source(data, skip_bad)
+        assert source is not None
         graph = copy.deepcopy(float_graph)
         precision, calibration = _calibrate_and_insert(graph, chosen, source, preprocessing, notes, progress)
+    class_names = getattr(model, "class_names", None)
+    if class_names is None and source is not None and source.class_names and len(source.class_names) == _outputs(graph):
+        class_names = source.class_names
+        notes.append(f"class names taken from {source.where}, in sorted order, since the checkpoint has none")
     return QuantizedModel(
         name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=graph, recipe=chosen,
-        preprocessing=preprocessing, class_names=getattr(model, "class_names", None),
+        preprocessing=preprocessing, class_names=class_names,
         config=getattr(model, "config", {}), parameters=sum(p.numel() for p in model.parameters()),
         precision=precision, calibration=calibration, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _outputs(graph: fx.GraphModule) -> int:
+    """Width of the graph's logits."""
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    return int(fx.node.map_arg(output.args, lambda n: n)[0][0].meta["val"].shape[-1])
 
 
 def _count_layers(graph: fx.GraphModule) -> int:
