@@ -18,7 +18,6 @@ from edgeattn.errors import (
     EXIT_INTERRUPTED,
     EXIT_MISSING_DEPENDENCY,
     EXIT_OK,
-    EXIT_USAGE,
     EXIT_VERDICT,
     EdgeAttnError,
     UsageError,
@@ -290,19 +289,21 @@ def _progress() -> Iterator[Any]:
 def main() -> None:
     """Entry point: edgeattn errors become one message on stderr (and JSON on stdout with --json) and an exit code."""
     # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app()
+    except SystemExit as stop:
+        if stop.code != EXIT_INTERRUPTED:  # Typer turns Ctrl-C into this code without a word
+            raise
+        _fail("Interrupted", "interrupted; nothing half-written was left behind.", EXIT_INTERRUPTED)
     except EdgeAttnError as error:
         _fail(type(error).__name__, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Interrupted", "interrupted; nothing half-written was left behind.", EXIT_INTERRUPTED)
     except (OSError, MemoryError) as error:
         _fail(
             type(error).__name__,
             f"{error}. The operating system refused; nothing half-written was left behind.",
-            EXIT_USAGE,
+            EXIT_DEVICE,
         )
 
 

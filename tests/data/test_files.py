@@ -21,7 +21,10 @@ def test_folder_appears_complete_or_not_at_all(tmp_path):
 def test_existing_output_is_kept_unless_asked(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(UsageError, match="exists; choose another folder, or pass --overwrite"), atomic_folder(tmp_path / "out"):
+    with (
+        pytest.raises(UsageError, match="exists; choose another folder, or pass --overwrite"),
+        atomic_folder(tmp_path / "out"),
+    ):
         pass
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", overwrite=True):
         raise KeyboardInterrupt

@@ -116,7 +116,9 @@ def test_plugin_and_body_agree_to_one_step_on_real_pictures(trained_bundle):
 
     preprocess = trained_bundle.preprocessing
     images = np.stack([preprocess(s.image) for _, s in zip(range(200), open_source(VAL), strict=False)])
-    logits = [trained_bundle.open_session("onnxruntime", plugin=p).run({"image": images})["logits"] for p in (True, False)]
+    logits = [
+        trained_bundle.open_session("onnxruntime", plugin=p).run({"image": images})["logits"] for p in (True, False)
+    ]
     step = (logits[1].max() - logits[1].min()) / 255
     assert np.abs(logits[0] - logits[1]).max() <= step
 

@@ -53,7 +53,9 @@ def test_streaming_agrees_with_all_values_at_once(method, symmetric):
     if method == "percentile":
         # In ranks, because neighbouring values in the tail lie far apart; one bin holds a few of 40,000 values there.
         beyond = np.abs(values) > high if symmetric else values > high
-        assert abs(beyond.mean() - 0.001) < 3 / len(values) and (low == -high or abs((values < low).mean() - 0.001) < 1e-4)
+        assert abs(beyond.mean() - 0.001) < 3 / len(values) and (
+            low == -high or abs((values < low).mean() - 0.001) < 1e-4
+        )
         return
     top = np.abs(values).max()
     bounds = (-top, top) if symmetric else (values.min(), values.max())

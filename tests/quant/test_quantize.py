@@ -13,11 +13,13 @@ from edgeattn.quant.graph import aten, calls, capture, module_path
 from edgeattn.quant.quantize import quantize
 from edgeattn.quant.quantizer import quantize_bias, quantize_weight, weight_scale_floor
 from edgeattn.quant.recipe import load_recipe
-from tests.conftest import TINY, randomize
+from tests.conftest import randomize
 
 
 @pytest.mark.parametrize("distillation", [False, True])
-@pytest.mark.parametrize("name, size", [("efficientvit_m0", 112), ("efficientvit_m2", 240), ("efficientvit_m5", (64, 96))])
+@pytest.mark.parametrize(
+    "name, size", [("efficientvit_m0", 112), ("efficientvit_m2", 240), ("efficientvit_m5", (64, 96))]
+)
 def test_folding_keeps_the_function(name, size, distillation):
     torch.manual_seed(0)
     model = randomize(create_model(name, img_size=size, num_classes=11, distillation=distillation))

@@ -1,0 +1,222 @@
+"""The commands as a user types them, good and bad input, exit codes and messages."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from edgeattn import cli
+from tests.conftest import CALIB, VAL, WEIGHTS
+
+
+@pytest.fixture
+def edgeattn(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["edgeattn", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
+
+    return run
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Eight real pictures in class folders."""
+    for name in ("Forest", "River"):
+        shutil.copytree(CALIB / name, tmp_path / "few" / name, ignore=lambda d, names: sorted(names)[4:])
+    return tmp_path / "few"
+
+
+def export_arguments(out, **changes):
+    options = {"--weights": WEIGHTS, "--calib": CALIB, "--quant": "w8a8", "-o": out, **changes}
+    return ["export", "efficientvit_m0", *(x for k, v in options.items() if v is not None for x in (k, v))]
+
+
+def clean(folder):
+    """No output and no temporary left."""
+    return [p.name for p in folder.iterdir() if p.name.startswith((".out", "out"))] == []
+
+
+def test_help_of_every_command(edgeattn):
+    code, out, _ = edgeattn("--help")
+    names = ["models", "export", "check", "bench", "eval", "verify", "inspect", "train", "doctor"]
+    assert code == 0 and all(name in out for name in names)
+    for name in names:
+        code, out, _ = edgeattn(name, "--help")
+        assert code == 0 and "--json" in out
+
+
+def test_export_check_verify_inspect_end_to_end(edgeattn, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = edgeattn(*export_arguments(out), "--json")
+    manifest = json.loads(text)
+    assert code == 0 and manifest["recipe"] == "w8a8" and manifest["artifacts"][0]["target"] == "onnxruntime"
+    code, text, _ = edgeattn("verify", out, "--json")
+    assert code == 0 and json.loads(text)["ok"]
+    code, text, _ = edgeattn("check", out, "--data", VAL, "--limit", 200, "--seconds", 1, "--json")
+    result = json.loads(text)
+    assert code == result["exit_code"] and result["verdict"] in ("PASS", "SLOWER", "INCONCLUSIVE")
+    row = next(r for r in result["rows"] if r["variant"] == "quantized")
+    assert row["top1"] > 90 and row["agreement"] > 95 and row["sqnr_db"] > 18 and row["speedup"] > 0
+    assert (out / "report.html").is_file() and len((out / "results.jsonl").read_text().splitlines()) == 1
+    code, text, _ = edgeattn("inspect", out)
+    assert code == 0 and "Calibrated on 400 pictures" in text
+    code, text, _ = edgeattn("eval", out, "--data", VAL, "--limit", 50)
+    assert code == 0 and "top-1 %" in text
+    code, text, _ = edgeattn("bench", out, "--seconds", 0.5, "--json")
+    assert code == 0 and json.loads(text)["verdict"] is None
+    code, text, error = edgeattn(*export_arguments(out))
+    assert code == 2 and f"output {out} exists; choose another folder, or pass --overwrite" in error
+    (out / "model.onnx").write_bytes(b"tampered")
+    for arguments in (["verify", out], ["inspect", out], ["check", out, "--data", VAL], ["bench", out]):
+        code, _, error = edgeattn(*arguments)
+        assert code == 2 and "model.onnx is not the file that was exported" in error
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def bad_checkpoint(kind, folder):
+    path = folder / "w.pth"
+    state = safetensors.torch.load_file(WEIGHTS)
+    if kind == "code":
+        path.write_bytes(pickle.dumps(RunsCode()))
+    elif kind == "truncated":
+        torch.save({"model": state}, path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif kind == "nan":
+        state["blocks3.4.ffn0.m.pw2.bn.weight"][3] = float("nan")
+        torch.save({"model": state}, path)
+    elif kind == "other":
+        torch.save({"model": {"fc.weight": torch.zeros(3)}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("code", "wants to run code when loaded"), ("truncated", "truncated or corrupt"), ("absent", "does not exist"),
+        ("nan", "blocks3.4.ffn0.m.pw2.bn.weight holds 1 NaN"), ("other", "unexpected: fc.weight"),
+    ],
+)  # fmt: skip
+def test_bad_checkpoints(edgeattn, tmp_path, monkeypatch, kind, said):
+    monkeypatch.chdir(tmp_path)
+    options = {"--weights": bad_checkpoint(kind, tmp_path), "--img-size": "112"}
+    code, out, error = edgeattn(*export_arguments(tmp_path / "out", **options), "--json")
+    assert code == 2 and said in error and clean(tmp_path) and not (tmp_path / "executed").exists()
+    assert json.loads(out)["exit_code"] == 2 and said in " ".join(json.loads(out)["message"].split())
+
+
+def test_bad_calibration_data(edgeattn, tmp_path, few):
+    (tmp_path / "empty").mkdir()
+    for calib, said in ((None, "never calibrates or validates on random data"), ("empty", "holds no image"),
+                        ("nowhere", "does not exist")):  # fmt: skip
+        options = {"--calib": calib and tmp_path / calib}
+        code, _, error = edgeattn(*export_arguments(tmp_path / "out", **options))
+        assert code == 2 and said in error and clean(tmp_path)
+    good = (few / "River" / "001.jpg").read_bytes()
+    (few / "River" / "001.jpg").write_bytes(good[:300])
+    code, _, error = edgeattn(*export_arguments(tmp_path / "out", **{"--calib": few}))
+    assert code == 2 and "River/001.jpg" in error and "--skip-bad" in error and clean(tmp_path)
+    code, out, error = edgeattn(*export_arguments(tmp_path / "out", **{"--calib": few}), "--skip-bad", "--json")
+    assert code == 0 and json.loads(out)["calibration"]["skipped"] == [str(few / "River" / "001.jpg")]
+
+
+def test_grey_and_rgba_pictures_are_used_and_it_is_said(edgeattn, tmp_path, few, caplog):
+    Image.open(few / "River" / "000.jpg").convert("L").save(few / "River" / "000.jpg")
+    Image.open(few / "River" / "001.jpg").convert("RGBA").save(few / "River" / "rgba.png")
+    code, _, _ = edgeattn(*export_arguments(tmp_path / "out", **{"--calib": few}))
+    assert code == 0 and "1 image(s) were grey" in caplog.text and "RGBA, alpha dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["export", "eficientvit_m0", "-o", "out", "--random-weights"], "did you mean efficientvit_m0"),
+        (["export", "efficientvit_m0", "-o", "out"], "no weights: pass --weights FILE"),
+        (["export", "efficientvit_m0", "-o", "out", "--random-weights", "--img-size", "100"], "multiples of 16"),
+        (
+            ["export", "efficientvit_m0", "-o", "out", "--random-weights", "--img-size", "axb"],
+            "expected one side such as",
+        ),
+        (
+            ["export", "efficientvit_m0", "-o", "out", "--random-weights", "-t", "onnxrutime"],
+            "did you mean onnxruntime",
+        ),
+        (["export", "efficientvit_m0", "-o", "out", "--random-weights", "--quant", "w8a9"], "did you mean w8a8"),
+        (["check", "nowhere", "--data", "x"], "x does not exist"),
+        (["verify", "nowhere"], "is not a bundle"),
+        (["frobnicate"], "No such command"),
+        (["check"], "Missing argument"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_usage_errors(edgeattn, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = edgeattn(*arguments)
+    assert code == 2 and said in error and list(tmp_path.iterdir()) == []
+
+
+def test_unknown_recipe_key(edgeattn, tmp_path):
+    (tmp_path / "r.yaml").write_text("name: mine\nactivation: {}\n")
+    code, _, error = edgeattn(*export_arguments(tmp_path / "out", **{"--quant": tmp_path / "r.yaml"}))
+    assert code == 2 and "unknown key 'activation', did you mean 'activations'" in error and clean(tmp_path)
+
+
+def test_doctor_names_the_missing_plugin_and_the_fix(edgeattn, monkeypatch):
+    monkeypatch.setenv("EDGEATTN_ORT_PLUGIN", "/nonexistent.so")
+    code, out, _ = edgeattn("doctor")
+    assert code == 3 and "MISSING cpu plugin" in out and "unset it" in out
+
+
+def test_missing_openvino_is_exit_code_3(edgeattn, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    code, _, error = edgeattn(*export_arguments(tmp_path / "out"), "-t", "openvino")
+    assert code == 3 and "pip install 'edgeattn[openvino]'" in error and clean(tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_interrupt_in_mid_export_leaves_nothing(tmp_path, how):
+    command = [sys.executable, "-m", "edgeattn", *map(str, export_arguments(tmp_path / "out"))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while clean(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+    time.sleep(1.0)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; nothing half-written" in error and clean(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="a full disk needs root to mount a small one")
+def test_full_disk_in_mid_export(edgeattn, tmp_path):
+    (tmp_path / "small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for target in ("onnxruntime", "openvino"):
+            code, _, error = edgeattn(*export_arguments(tmp_path / "small" / "out"), "-t", target)
+            assert code == 4 and "no space left while writing" in error and clean(tmp_path / "small")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
