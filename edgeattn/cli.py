@@ -15,6 +15,7 @@ import typer
 
 from edgeattn import __version__
 from edgeattn.errors import (
+    EXIT_DEVICE,
     EXIT_INTERRUPTED,
     EXIT_MISSING_DEPENDENCY,
     EXIT_OK,

@@ -1,4 +1,4 @@
-"""Repository checks that no linter does: the published schema is current, links in the docs lead somewhere, doors exist."""
+"""Repository checks that no linter does: the published schema is current, links lead somewhere, doors exist."""
 
 from __future__ import annotations
 

@@ -204,7 +204,9 @@ def test_interrupt_in_mid_export_leaves_nothing(tmp_path, how):
     time.sleep(1.0)
     process.send_signal(how)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; nothing half-written" in error and clean(tmp_path)
+    # A shell reads both as 130; Python itself dies of the signal when it strikes inside an import.
+    assert process.returncode in (130, -signal.SIGINT), error
+    assert "interrupted; nothing half-written" in error and clean(tmp_path)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def percentile_range(values: np.ndarray, percentile: float, symmetric: bool) -> 
 def mse_factor(
     values: np.ndarray, counts: np.ndarray, low: float, high: float, symmetric: bool, bits: int = 8, p: float = 2.0
 ) -> float:
-    """The share of (low, high), from 1, 0.99, ... to 0.21, with the least mean |x - quantized(x)|^p; ties: the first."""
+    """The share of (low, high), from 1, 0.99, ... to 0.21, of the least mean |x - quantized(x)|^p; ties: the first."""
     best, best_error = 1.0, np.inf
     for step in range(_MSE_STEPS):
         factor = 1 - step / _MSE_GRID

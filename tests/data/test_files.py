@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,5 @@ def test_operating_system_refusals_say_what_to_do(tmp_path, code, said):
 
 def test_a_real_full_disk(tmp_path):
     with pytest.raises(DeviceError, match="no space left"), atomic_file(tmp_path / "out"):
-        with open("/dev/full", "w") as full:
-            full.write("x")
+        Path("/dev/full").write_text("x")
     assert list(tmp_path.iterdir()) == []

@@ -34,5 +34,5 @@ def test_round_trip_and_refusals():
     assert Preprocessing.from_dict(p.to_dict()) == p
     with pytest.raises(UsageError, match="'cubic' is unknown; use one of nearest, bilinear"):
         Preprocessing(size=(8, 8), interpolation="cubic")
-    with pytest.raises(UsageError, match="crop_fraction is 1.5"):
+    with pytest.raises(UsageError, match=r"crop_fraction is 1\.5"):
         Preprocessing(size=(8, 8), crop_fraction=1.5)

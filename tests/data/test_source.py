@@ -46,7 +46,7 @@ def test_no_data_is_an_error_never_random_data(tmp_path):
     with pytest.raises(DataError, match="empty"):
         open_source([])
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="neither a folder nor an .npz"):
+    with pytest.raises(DataError, match=r"neither a folder nor an \.npz"):
         open_source(tmp_path / "a.txt")
 
 

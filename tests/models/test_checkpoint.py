@@ -152,5 +152,5 @@ def test_unknown_model_suggests_near_names():
 
 def test_own_callable():
     assert create_model("edgeattn.models.efficientvit:EfficientViT", img_size=32, num_classes=4).num_classes == 4
-    with pytest.raises(UsageError, match="package.module:callable"):
+    with pytest.raises(UsageError, match=r"package\.module:callable"):
         create_model("no_such_module:build")

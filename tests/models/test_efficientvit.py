@@ -15,7 +15,8 @@ GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "data").glob("efficientv
 # Parameters and million multiply-adds at 224, from the instantiated upstream models.
 PUBLISHED = {
     "efficientvit_m0": (2_349_436, 79.2), "efficientvit_m1": (2_980_560, 167.1), "efficientvit_m2": (4_187_554, 201.0),
-    "efficientvit_m3": (6_900_722, 262.7), "efficientvit_m4": (8_804_228, 299.3), "efficientvit_m5": (12_473_772, 521.6),
+    "efficientvit_m3": (6_900_722, 262.7),
+    "efficientvit_m4": (8_804_228, 299.3), "efficientvit_m5": (12_473_772, 521.6),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_folding_keeps_the_function(name, size, distillation):
 
 
 class Awkward(torch.nn.Module):
-    """What must not fold: a branch that is used twice, a strided depthwise residual, a convolution that is not depthwise."""
+    """What must not fold: a convolution used twice, a residual that is not depthwise, a depthwise one used twice."""
 
     def __init__(self):
         super().__init__()
