@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sh scripts/fetch-ort-headers || echo "Going on without ONNX Runtime headers: the function body runs instead of the plugin (edgeattn doctor)."
 	$(BIN)/pip install -q torch
-	$(BIN)/pip install -q -e '.[openvino,test]'
+	$(BIN)/pip install -q -e '.[openvino,hub,test]'
 	touch $@
 
 install:
@@ -41,6 +41,7 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	test -d $(DEMO_OUT) || $(MAKE) demo
 	$(BIN)/edgeattn bench $(DEMO_OUT) --seconds 60
+	$(BIN)/python scripts/compare_plugin.py $(DEMO_OUT)
 
 clean:
 	rm -rf $(VENV) build $(DEMO_OUT)

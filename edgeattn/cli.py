@@ -54,7 +54,7 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`) or package.module:callable.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the bundle to.")],
     weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint: .pth or .safetensors, official or timm names.")
+        str | None, typer.Option(help="Checkpoint: .pth or .safetensors, official or timm names.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Export an untrained model (latency only).")

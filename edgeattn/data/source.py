@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import logging
+import os
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +22,7 @@ from edgeattn.errors import DataError
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_SPREAD_SEED = 20240229
 # Modes that turn into RGB without losing what the picture shows; what changes is reported once per source.
 _CONVERTED_MODES = {
     "L": "grey, copied to three channels", "1": "black and white, copied to three channels",
@@ -53,6 +57,14 @@ class ImageSource:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def spread(self, limit: int) -> ImageSource:
+        """At most `limit` of the pictures, one at random (seeded) from each of as many equal stretches.
+
+        Not the first ones: those of a sorted folder are all of one class. Pictures left out are not decoded. A one-shot
+        iterator, whose length is unknown, gives its first ones.
+        """
+        return self if limit >= len(self) else _Spread(self, limit)
 
     def _entries(self) -> Iterator[tuple[str, Any, int | None]]:
         raise NotImplementedError
@@ -205,16 +217,72 @@ def _read_npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
+class _Spread(ImageSource):
+    """See `ImageSource.spread`."""
+
+    def __init__(self, parent: ImageSource, limit: int) -> None:
+        super().__init__(parent.where, parent.skip_bad)
+        self.class_names, self.labelled = parent.class_names, parent.labelled
+        self._parent, self._limit = parent, limit
+
+    def __len__(self) -> int:
+        return self._limit
+
+    def _entries(self) -> Iterator[tuple[str, Any, int | None]]:
+        if isinstance(self._parent, IterableSource) and self._parent.one_shot:
+            yield from itertools.islice(self._parent._entries(), self._limit)
+            return
+        edges = np.linspace(0, len(self._parent), self._limit + 1)
+        offsets = np.random.default_rng(_SPREAD_SEED).random(self._limit) * np.diff(edges)
+        chosen = set((edges[:-1] + offsets).astype(int).tolist())
+        for i, entry in enumerate(itertools.islice(self._parent._entries(), max(chosen) + 1)):
+            if i in chosen:
+                yield entry
+
+
+class _Spool:
+    """Makes a one-shot iterator of pictures walkable again: what was drawn so far lies in a temporary file."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self._file, self._drawn = items, tempfile.TemporaryFile(), 0  # noqa: SIM115 (closed with self)
+
+    def __iter__(self) -> Iterator[Any]:
+        place = index = 0
+        while True:
+            if index == self._drawn and not self._draw():
+                return
+            self._file.seek(place)
+            picture, label = np.load(self._file), np.load(self._file)
+            place, index = self._file.tell(), index + 1
+            yield (picture, int(label[0])) if label.size else picture
+
+    def _draw(self) -> bool:
+        try:
+            item = next(self._items)
+        except StopIteration:
+            return False
+        picture, label = item if isinstance(item, tuple) else (item, None)
+        if isinstance(picture, Image.Image) and picture.mode not in ("L", "RGB", "RGBA"):
+            picture = picture.convert("RGB")
+        self._file.seek(0, os.SEEK_END)
+        np.save(self._file, np.asarray(picture), allow_pickle=False)
+        np.save(self._file, np.array([] if label is None else [int(label)]), allow_pickle=False)
+        self._drawn += 1
+        return True
+
+
 class IterableSource(ImageSource):
-    """Pictures (Pillow, uint8 array) or (picture, label) pairs from a Python iterable that can be walked repeatedly."""
+    """Pictures (Pillow, uint8 array) or (picture, label) pairs from a Python iterable.
+
+    A one-shot iterator may be endless where a limit applies: it is drawn as far as needed and kept on disk, not in
+    memory, for the next pass.
+    """
 
     def __init__(self, items: Iterable[Any], skip_bad: bool = False) -> None:
         super().__init__(f"Python {type(items).__name__}", skip_bad)
-        if isinstance(items, Iterator):
-            # A one-shot iterator cannot be walked twice, and several passes are needed (ranges, then verification).
-            items = list(items)
-        self._items = items
-        first = next(iter(items), None)
+        self.one_shot = isinstance(items, Iterator)
+        self._items = _Spool(items) if isinstance(items, Iterator) else items
+        first = next(iter(self._items), None)
         if first is None:
             raise DataError("the given iterable of images is empty; expected at least one image.")
         self.labelled = isinstance(first, tuple)
@@ -224,6 +292,9 @@ class IterableSource(ImageSource):
             return len(self._items)  # type: ignore[arg-type]
         except TypeError:
             return sum(1 for _ in self._items)
+
+    def spread(self, limit: int) -> ImageSource:
+        return _Spread(self, limit) if self.one_shot else super().spread(limit)
 
     def _entries(self) -> Iterator[tuple[str, Any, int | None]]:
         for i, item in enumerate(self._items):

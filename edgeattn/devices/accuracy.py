@@ -26,7 +26,6 @@ from edgeattn.devices.statistics import (
 from edgeattn.errors import DataError, NumericError, UsageError
 from edgeattn.runtime.session import Session
 
-_SEED = 20240229
 Progress = Callable[[str, int, int], None]
 
 
@@ -115,7 +114,6 @@ def evaluate(
     output_name: str,
     class_names: Sequence[str] | None = None,
     batch_size: int = 1,
-    limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, AccuracyResult]:
     """Run every session on every image; memory does not grow with the images beyond a few bytes each.
@@ -123,19 +121,18 @@ def evaluate(
     Args:
         sessions: by name; the first is the reference.
         class_names: the model's, in the order of its outputs; a source's classes are found in them by name.
-        limit: use this many images, spread over the whole source.
 
     Raises:
         NumericError: NaN or infinity in an output; the session and the image are named.
         DataError: labels that do not fit the model. UsageError: outputs that are not (batch, classes).
     """
-    _check_arguments(sessions, batch_size, limit)
+    _check_arguments(sessions, batch_size)
     reference = next(iter(sessions))
     tallies, labels = {name: _Tally() for name in sessions}, array("i")
-    total = min(len(source), limit or len(source))
+    total = len(source)
     index: Callable[[int, str], int] | None = None
     outputs = 0
-    for samples in _batches(_spread(source, limit), batch_size):
+    for samples in _batches(iter(source), batch_size):
         batch = np.stack([preprocessing(sample.image) for sample in samples])
         logits = {
             name: _logits(session.run({input_name: batch}), output_name, name, samples)
@@ -153,22 +150,11 @@ def evaluate(
     return _results(tallies, labels, reference, names)
 
 
-def _check_arguments(sessions: Mapping[str, Session], batch_size: int, limit: int | None) -> None:
+def _check_arguments(sessions: Mapping[str, Session], batch_size: int) -> None:
     if not sessions:
         raise UsageError("no session to evaluate; give at least one.")
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UsageError(f"batch size is {batch_size} and the limit of images is {limit}; both must be at least 1.")
-
-
-def _spread(source: ImageSource, limit: int | None) -> Iterator[Sample]:
-    """All samples, or one from each of `limit` equal stretches: a sorted folder's first images are all of one class."""
-    if limit is None or limit >= len(source):
-        yield from source
-        return
-    edges = np.linspace(0, len(source), limit + 1)
-    generator = np.random.default_rng(_SEED)
-    chosen = set((edges[:-1] + generator.random(limit) * np.diff(edges)).astype(int).tolist())
-    yield from (sample for i, sample in enumerate(source) if i in chosen)
+    if batch_size < 1:
+        raise UsageError(f"batch size is {batch_size}; it must be at least 1.")
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

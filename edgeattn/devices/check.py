@@ -148,8 +148,15 @@ def check(
         UsageError: unknown device, gate or target. DataError, NumericError, DeviceError: see `evaluate` and `Bundle`.
     """
     _check_device(device)
-    chosen, source = gate_by_name(gate), open_source(data, skip_bad)
+    chosen, source = gate_by_name(gate), _source(data, skip_bad, limit)
     opened = _opened(bundle)
+    for target in _targets(opened, targets):
+        if len(_variants(opened, target)) < len(VARIANTS):
+            raise UsageError(
+                f"{opened.path} was exported with recipe {opened.manifest.recipe!r}: there is no quantized "
+                f"artefact for {target} to check against float32. Use `edgeattn eval` and `edgeattn bench`, or export "
+                "with w8a8."
+            )
     plan = _Plan("check", opened, _targets(opened, targets), source, chosen, threads, limit, 1, seconds, progress)
     return _run(plan, _command(plan, skip_bad))
 
@@ -186,7 +193,7 @@ def evaluate_bundle(
 ) -> CheckResult:
     """Accuracy and placement only. Arguments as `check`."""
     _check_device(device)
-    opened, source = _opened(bundle), open_source(data, skip_bad)
+    opened, source = _opened(bundle), _source(data, skip_bad, limit)
     plan = _Plan("eval", opened, _targets(opened, targets), source, None, threads, limit, batch_size, 0.0, progress)
     return _run(plan, _command(plan, skip_bad))
 
@@ -199,6 +206,13 @@ def _check_device(device: str | None) -> None:
         )
 
 
+def _source(data: Any, skip_bad: bool, limit: int | None) -> ImageSource:
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit of images is {limit}; it must be at least 1.")
+    source = open_source(data, skip_bad)
+    return source if limit is None else source.spread(limit)
+
+
 def _opened(bundle: Bundle | str | Path) -> Bundle:
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     check_writable(opened.path / RESULTS)
@@ -208,11 +222,15 @@ def _opened(bundle: Bundle | str | Path) -> Bundle:
 def _targets(bundle: Bundle, targets: Sequence[str] | None) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(targets)) if targets else tuple(bundle.targets)
     for target in chosen:
-        for variant in VARIANTS:
-            bundle.artifact(target, variant)
+        bundle.artifact(target, VARIANTS[0])
     if not chosen:
         raise UsageError(f"{bundle.path} holds no artefact; export the model for at least one target.")
     return chosen
+
+
+def _variants(bundle: Bundle, target: str) -> list[str]:
+    have = {entry.variant for entry in bundle.manifest.artifacts if entry.target == target}
+    return [variant for variant in VARIANTS if variant in have]
 
 
 def _run(plan: _Plan, command: str) -> CheckResult:
@@ -265,23 +283,23 @@ def _measure(plan: _Plan, target: str, image: np.ndarray | None) -> TargetResult
     with contextlib.ExitStack() as stack:
         # Only this target's two sessions are open: other thread pools would disturb their timing.
         sessions: dict[str, Session] = {}
-        for variant in VARIANTS:
+        for variant in _variants(bundle, target):
             sessions[variant] = bundle.open_session(target, variant, **overrides)
             stack.callback(sessions[variant].close)
         if image is not None:
             # Before accuracy, so that the first inference is the session's first.
             inputs = {manifest.input.name: image}
             compared = measure_latency(sessions, inputs, seconds=plan.seconds, progress=_staged(plan.progress, target))
-            latency, speedup = compared.results, compared.speedups[0]
+            latency, speedup = compared.results, next(iter(compared.speedups), None)
         if plan.source is not None and plan.kind != "bench":
             accuracy = evaluate(
                 sessions, plan.source, bundle.preprocessing, input_name=manifest.input.name,
                 output_name=manifest.output.name, class_names=manifest.class_names, batch_size=plan.batch_size,
-                limit=plan.limit, progress=_staged(plan.progress, target),
+                progress=_staged(plan.progress, target),
             )  # fmt: skip
         placement = {variant: session.placement() for variant, session in sessions.items()}
         settings = {variant: dict(session.settings) for variant, session in sessions.items()}
-    sizes = {variant: bundle.size_bytes(target, variant) for variant in VARIANTS}
+    sizes = {variant: bundle.size_bytes(target, variant) for variant in placement}
     result = TargetResult(target, None, "", accuracy, latency, speedup, placement, settings, sizes)
     return result if plan.gate is None else judge(result, plan.gate)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import edgeattn
 from edgeattn.data.files import atomic_folder, sha256_of
-from edgeattn.data.source import open_source
+from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import GateFailed, UsageError
 from edgeattn.export.model_card import model_card
 from edgeattn.export.onnx_model import to_onnx
@@ -73,10 +73,11 @@ def export(
         raise UsageError("no target given; name at least one, for example onnxruntime.")
     chosen = {name: get_target(name) for name in dict.fromkeys(targets)}
     with atomic_folder(out, overwrite) as folder:
-        quantized = quantize(model, recipe, data, targets=list(chosen), skip_bad=skip_bad, progress=progress)
+        source = None if data is None else open_source(data, skip_bad)
+        quantized = quantize(model, recipe, source, targets=list(chosen), progress=progress)
         variants: list[Variant] = ["float32"] if quantized.recipe.is_float else ["float32", "quantized"]
         shape = (3, *quantized.preprocessing.size)
-        tolerance = _write_golden(folder, quantized, data, variants)
+        tolerance = _write_golden(folder, quantized, source, variants)
         for i, variant in enumerate(variants):
             _report(progress, "onnx", i, len(variants))
             graph = quantized.float_graph if variant == "float32" else quantized.graph
@@ -98,14 +99,16 @@ def _report(progress: Progress | None, stage: str, done: int, total: int) -> Non
         progress(stage, done, total)
 
 
-def _write_golden(folder: Path, quantized: QuantizedModel, data: Any, variants: list[Variant]) -> dict[str, float]:
+def _write_golden(
+    folder: Path, quantized: QuantizedModel, source: ImageSource | None, variants: list[Variant]
+) -> dict[str, float]:
     """Golden inputs and the torch graphs' outputs; returns the largest allowed difference per variant.
 
     A float32 runtime may differ by rounding (1e-4 of the logits' spread). An integer runtime rounds each layer once
     more or less than the simulation, which can move a code by one: it may differ by no more than quantization itself
     changed the logits.
     """
-    arrays = {"input": _golden_input(quantized, data)}
+    arrays = {"input": _golden_input(quantized, source)}
     with torch.no_grad():
         arrays["float32"] = quantized.float_graph(torch.from_numpy(arrays["input"])).numpy()
         if "quantized" in variants:
@@ -117,15 +120,11 @@ def _write_golden(folder: Path, quantized: QuantizedModel, data: Any, variants: 
     return tolerance
 
 
-def _golden_input(quantized: QuantizedModel, data: Any) -> np.ndarray:
-    if data is None:  # float32 export without pictures: any input shows whether a runtime computes the same
+def _golden_input(quantized: QuantizedModel, source: ImageSource | None) -> np.ndarray:
+    if source is None:  # float32 export without pictures: any input shows whether a runtime computes the same
         generator = np.random.default_rng(0)
         return generator.standard_normal((_GOLDEN_IMAGES, 3, *quantized.preprocessing.size), np.float32)
-    inputs = []
-    for sample in open_source(data, skip_bad=True):
-        inputs.append(quantized.preprocessing(sample.image))
-        if len(inputs) == _GOLDEN_IMAGES:
-            break
+    inputs = [quantized.preprocessing(sample.image) for sample in source.spread(_GOLDEN_IMAGES)]
     return np.stack(inputs)
 
 

@@ -15,24 +15,49 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgeattn.errors import CheckpointError, NumericError
+from edgeattn.errors import CheckpointError, MissingDependency, NumericError
 
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema")
 METADATA_KEY = "edgeattn"
+_HUB_PREFIXES = ("hf-hub:", "timm:")
+
+
+def _from_hub(spec: str) -> Path:
+    """A file of a hub repository: `hf-hub:OWNER/NAME` (model.safetensors) or `hf-hub:OWNER/NAME/FILE`; `timm:NAME`.
+
+    Raises:
+        MissingDependency: huggingface_hub is not installed. CheckpointError: it cannot be fetched; the reason is kept.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingDependency(f"weights {spec!r} need huggingface_hub: pip install 'edgeattn[hub]'.") from error
+    kind, _, rest = spec.partition(":")
+    parts = (f"timm/{rest}" if kind == "timm" else rest).split("/")
+    if len(parts) < 2:
+        raise CheckpointError(f"weights {spec!r}: expected hf-hub:OWNER/NAME, hf-hub:OWNER/NAME/FILE or timm:NAME.")
+    repository, name = "/".join(parts[:2]), "/".join(parts[2:]) or "model.safetensors"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # network, authorisation, no such repository or file: many classes, one meaning here
+        raise CheckpointError(
+            f"cannot fetch {name} of {repository} from the hub: {error}. Download it elsewhere and pass its path."
+        ) from error
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a file and the metadata that edgeattn wrote into it (empty for foreign files).
 
-    `.safetensors` is read as such, everything else with torch's weights-only unpickler. A top-level `model`,
-    `state_dict` or `state_dict_ema` entry is unwrapped and a `module.` prefix removed.
+    `hf-hub:` and `timm:` ids are fetched first. `.safetensors` is read as such, everything else with torch's
+    weights-only unpickler. A top-level `model`, `state_dict` or `state_dict_ema` entry is unwrapped and a `module.`
+    prefix removed.
 
     Raises:
         CheckpointError: missing, truncated, corrupt, or a pickle that asks to run code.
     """
-    path = Path(path)
+    path = _from_hub(str(path)) if str(path).startswith(_HUB_PREFIXES) else Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist or is not a file; expected .pth, .pt or .safetensors.")
     if path.suffix == ".safetensors":

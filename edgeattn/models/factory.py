@@ -32,7 +32,7 @@ def create_model(
 
     Args:
         name: a name from `list_models()`, or `package.module:callable`.
-        weights: path of a `.pth` or `.safetensors` file, official or timm names.
+        weights: path of a `.pth` or `.safetensors` file, official or timm names; or a hub id (`hf-hub:`, `timm:`).
         num_classes: None takes the checkpoint's; another number re-initialises the head, which is noted.
         img_size: input side or (height, width) in pixels; None takes the checkpoint's, else the model's default.
         config: overrides of the architecture's own arguments.

@@ -144,7 +144,8 @@ def _observe(
     """Run both passes over the data; returns the calibration facts."""
     digest = hashlib.sha256()
     count = 0
-    total = min(recipe.calibration.images, len(source))
+    source = source.spread(recipe.calibration.images)
+    total = len(source)
     runner = _Observing(graph, {node: observer.see_range for node, observer in observers.items()})
     for batch in _batches(source, recipe, preprocessing, digest):
         runner.run(batch)
@@ -168,16 +169,14 @@ def _observe(
 
 def _batches(source: ImageSource, recipe: Recipe, preprocessing: Preprocessing, digest: Any = None) -> Iterator[Tensor]:
     pictures: list[np.ndarray] = []
-    for count, sample in enumerate(source, 1):
+    for sample in source:
         pixels = np.asarray(preprocessing.resize_and_crop(sample.image))
         if digest is not None:
             digest.update(pixels.tobytes())
         pictures.append(preprocessing.normalize(pixels))
-        if len(pictures) == recipe.calibration.batch_size or count == recipe.calibration.images:
+        if len(pictures) == recipe.calibration.batch_size:
             yield torch.from_numpy(np.stack(pictures))
             pictures = []
-        if count == recipe.calibration.images:
-            return
     if pictures:
         yield torch.from_numpy(np.stack(pictures))
 

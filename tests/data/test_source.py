@@ -1,4 +1,5 @@
 import io
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -127,10 +128,18 @@ def test_damaged_npz(tmp_path):
 
 def test_iterables_with_and_without_labels():
     assert [s.label for s in open_source([(picture(0), 1), (picture(1), 0)])] == [1, 0]
-    once = open_source(picture(i) for i in range(3))
-    assert len(list(once)) == len(list(once)) == 3
+    once = open_source((picture(i), i) for i in range(3))
+    assert [s.label for s in once] == [s.label for s in once] == [0, 1, 2]
+    assert all(np.array_equal(np.asarray(s.image), picture(i)) for i, s in enumerate(once))
     with pytest.raises(DataError, match=r"Python list\[1\].*float64"):
         list(open_source([picture(), np.zeros((4, 4, 3))]))
+
+
+def test_endless_iterators_are_drawn_as_far_as_needed():
+    source = open_source(Image.fromarray(picture(i)) for i in itertools.count())
+    for count in (3, 5, 2):
+        walked = [np.asarray(s.image) for _, s in zip(range(count), source, strict=False)]
+        assert len(walked) == count and np.array_equal(walked[-1], picture(count - 1))
 
 
 def test_npz_streams(tmp_path):

@@ -125,7 +125,7 @@ def test_a_missing_label_names_the_image(run, labelled_images):
 
 
 def test_limit_spreads_over_a_sorted_source(run, labelled_images):
-    result = run(labelled_images(40), limit=8, class_names=NAMES)["float32"]
+    result = run(open_source(labelled_images(40)).spread(8), class_names=NAMES)["float32"]
     assert result.images == 8 and [c.images for c in result.per_class] == [2, 2, 2, 2]
 
 

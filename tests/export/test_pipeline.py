@@ -127,6 +127,9 @@ def test_float_export_has_one_variant_and_says_that_inputs_are_synthetic(tiny_mo
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "f", recipe="float32")
     assert [a.variant for a in bundle.manifest.artifacts] == ["float32"]
     assert any("synthetic" in note for note in bundle.manifest.notes) and verify(tmp_path / "f").ok
+    assert edgeattn.devices.check.bench(bundle, seconds=0.2).targets[0].latency["float32"].summary.runs >= 64
+    with pytest.raises(UsageError, match="recipe 'float32': there is no quantized artefact for onnxruntime"):
+        edgeattn.check(bundle, VAL)
 
 
 def test_class_names_come_from_labelled_calibration_folders(tiny_model, tmp_path, pictures):
@@ -138,6 +141,13 @@ def test_class_names_come_from_labelled_calibration_folders(tiny_model, tmp_path
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "b", data=tmp_path / "data")
     assert bundle.manifest.class_names == [f"kind{i}" for i in range(10)]
     assert any("class names" in note for note in bundle.manifest.notes)
+
+
+def test_a_generator_serves_calibration_and_golden_inputs(tiny_model, tmp_path, pictures):
+    bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "g", data=(p for p in pictures))
+    assert bundle.manifest.calibration["images"] == 32
+    want = tiny_model.preprocessing.normalize(pictures[0])
+    np.testing.assert_array_equal(bundle.golden()["input"][0], want)
 
 
 def test_failed_export_leaves_nothing(tiny_model, tmp_path, monkeypatch, pictures):
