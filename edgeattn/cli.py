@@ -291,6 +291,8 @@ def main() -> None:
     """Entry point: edgeattn errors become one message on stderr (and JSON on stdout with --json) and an exit code."""
     # A polite kill cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # For `package.module:callable` beside the user; last, so that it shadows nothing.
+    sys.path.append(str(Path.cwd()))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -173,6 +174,24 @@ def test_usage_errors(edgeattn, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     code, _, error = edgeattn(*arguments)
     assert code == 2 and said in error and list(tmp_path.iterdir()) == []
+
+
+def test_own_model_in_the_working_folder(tmp_path):
+    """With the installed script, as a user runs it: the working folder is not on its path by itself."""
+    (tmp_path / "mynet.py").write_text(
+        "import torch\nfrom edgeattn.data.preprocessing import Preprocessing\n\n"
+        "def build():\n"
+        "    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),\n"
+        "        torch.nn.Conv2d(8, 8, 3, 1, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))\n"
+        "    net.preprocessing = Preprocessing(size=(32, 32))\n"
+        "    return net\n"
+    )
+    script = Path(sys.executable).with_name("edgeattn")
+    if not script.is_file():
+        pytest.skip("edgeattn is not installed in this environment")
+    arguments = ["export", "mynet:build", "--random-weights", "--calib", CALIB, "-o", "out", "-t", "onnxruntime"]
+    done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "out" / "model.onnx").is_file(), done.stderr
 
 
 def test_unknown_recipe_key(edgeattn, tmp_path):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from edgeattn.data.files import atomic_file
+from edgeattn.devices.outcome import CheckResult
 from edgeattn.devices.results import ResultsFile
 from edgeattn.devices.strip_plot import strip_plot
 from edgeattn.errors import UsageError
 from edgeattn.runtime.bundle import REPORT, Bundle
-
-if TYPE_CHECKING:
-    from edgeattn.devices.check import CheckResult
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
 # Beyond this many, only the classes that lost or gained most are told; results.jsonl has all.
