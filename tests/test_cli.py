@@ -182,7 +182,8 @@ def test_own_model_in_the_working_folder(tmp_path):
         "import torch\nfrom edgeattn.data.preprocessing import Preprocessing\n\n"
         "def build():\n"
         "    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),\n"
-        "        torch.nn.Conv2d(8, 8, 3, 1, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))\n"
+        "                              torch.nn.Conv2d(8, 8, 3, 1, 1), torch.nn.AdaptiveAvgPool2d(1),\n"
+        "                              torch.nn.Flatten(), torch.nn.Linear(8, 10))\n"
         "    net.preprocessing = Preprocessing(size=(32, 32))\n"
         "    return net\n"
     )

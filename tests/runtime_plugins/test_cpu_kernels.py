@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import platform
 import re
 import shutil
 import subprocess
@@ -145,20 +146,49 @@ def test_vector_files_share_no_inline_code() -> None:
     assert re.findall(r"#include (\S+)", (SOURCES / "kernels/cga_plan.h").read_text()) == ["<cstddef>"]
 
 
+# Flags of the vector sources, as in CMakeLists.txt.
+_ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "neon": [],
+}
+
+
+def build_isa_check(compiler: str, isas: list[str], flags: list[str], folder: Path) -> Path:
+    """The program of isa_check.cpp with these instruction sets compiled in."""
+    define = "-DEDGEATTN_WITH_NEON" if isas == ["neon"] else "-DEDGEATTN_WITH_X86"
+    common = [compiler, *flags, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", define,
+              '-DEDGEATTN_VERSION="test"', f"-I{SOURCES}"]  # fmt: skip
+    plain = [SOURCES / "kernels" / f"{n}.cpp" for n in ("cga", "cga_schedule", "cga_scalar", "isa")]
+    sources = {source: [] for source in [*plain, SOURCES / "c_api.cpp", Path(__file__).with_name("isa_check.cpp")]}
+    sources |= {SOURCES / "kernels" / f"cga_{isa}.cpp": [*_ISA_FLAGS[isa], "-ffp-contract=fast"] for isa in isas}
+    for source, own in sources.items():
+        subprocess.run([*common, *own, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)
+    subprocess.run([*common, *folder.glob("*.o"), "-o", folder / "isa_check"], check=True)
+    return folder / "isa_check"
+
+
+def run_isa_check(command: list[str | Path], isa: str) -> None:
+    for case, threads in itertools.product(CASES.values(), (1, 2)):
+        sizes = [*dataclasses.astuple(case)[:6], case.kernel, *case.window, threads]
+        done = subprocess.run([*command, isa, *map(str, sizes)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{isa} {case}: {done.stdout}{done.stderr}"
+
+
 @pytest.mark.slow
 def test_neon_under_emulation(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu qemu-user)")
-    sources = [SOURCES / "kernels" / f"{n}.cpp" for n in ("cga", "cga_schedule", "cga_scalar", "cga_neon", "isa")]
-    program = tmp_path / "neon_check"
-    subprocess.run(
-        [compiler, "-static", "-O3", "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-pthread",
-         "-DEDGEATTN_WITH_NEON", '-DEDGEATTN_VERSION="test"', f"-I{SOURCES}", *sources, SOURCES / "c_api.cpp",
-         Path(__file__).with_name("neon_check.cpp"), "-o", program],
-        check=True,
-    )  # fmt: skip
-    for case, threads in itertools.product(CASES.values(), (1, 2)):
-        sizes = [*dataclasses.astuple(case)[:6], case.kernel, *case.window, threads]
-        done = subprocess.run([emulator, program, *map(str, sizes)], capture_output=True, text=True)
-        assert done.returncode == 0, f"{case}: {done.stdout}{done.stderr}"
+    run_isa_check([emulator, build_isa_check(compiler, ["neon"], ["-static", "-O3"], tmp_path)], "neon")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds the x86 kernels")
+def test_no_sanitizer_finds_anything(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    assert compiler, "the kernels were built, so a compiler is here"
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program = build_isa_check(compiler, ["avx2", "avx512"], flags, tmp_path)
+    for isa in cpu.plugin_info().isas if cpu.missing_reason() is None else ("scalar",):
+        run_isa_check([program], isa)

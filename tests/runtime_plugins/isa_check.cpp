@@ -1,5 +1,5 @@
-// Compares the NEON kernels with the scalar ones on one random case; see test_neon_under_emulation.
-// Arguments: the integers of edgeattn_cga_size in order, then the number of threads.
+// Compares the kernels of one instruction set with the scalar ones on one random case.
+// Arguments: the instruction set, the integers of edgeattn_cga_size in order, the number of threads.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ std::vector<float> values(std::size_t count, float spread) {
 
 int main(int, char** argv) {
   int n[10];
-  for (int i = 0; i < 10; ++i) n[i] = std::atoi(argv[i + 1]);
+  for (int i = 0; i < 10; ++i) n[i] = std::atoi(argv[i + 2]);
   const int channels = n[1], heads = n[4], key_dim = n[5], kernel = n[6], tokens = n[7] * n[8],
             value_dim = channels / heads;
   const edgeattn_cga_size size{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], 1.0f / std::sqrt(float(key_dim))};
@@ -35,7 +35,7 @@ int main(int, char** argv) {
   const auto bias = values(std::size_t(heads) * tokens * tokens, 1), proj_bias = values(channels, 0.1f);
   const auto proj = values(std::size_t(channels) * channels, 1 / std::sqrt(float(channels)));
   std::vector<float> y[2];
-  const char* isas[] = {"scalar", "neon"};
+  const char* isas[] = {"scalar", argv[1]};
   for (int i = 0; i < 2; ++i) {
     y[i].resize(count);
     char message[200];
