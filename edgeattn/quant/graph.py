@@ -87,6 +87,25 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
+def first_nonfinite(graph: fx.GraphModule, x: Tensor) -> str | None:
+    """Module path (or node name) of the first node whose output holds NaN or infinity for input x, or None."""
+
+    class Scan(fx.Interpreter):
+        found: str | None = None
+
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            bad = isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+            if bad and self.found is None:
+                self.found = module_path(n) or n.name
+            return value
+
+    scan = Scan(graph)
+    with torch.no_grad():
+        scan.run(x)
+    return scan.found
+
+
 def calls(graph: fx.GraphModule, *targets: Any) -> Iterable[fx.Node]:
     """All nodes that call one of the targets, in order; safe against edits while walking."""
     return [node for node in graph.graph.nodes if is_call(node, *targets)]

@@ -92,10 +92,7 @@ def quantize(
         assert source is not None
         graph = copy.deepcopy(float_graph)
         precision, calibration = _calibrate_and_insert(graph, chosen, source, preprocessing, notes, progress)
-    class_names = getattr(model, "class_names", None)
-    if class_names is None and source is not None and source.class_names and len(source.class_names) == _outputs(graph):
-        class_names = source.class_names
-        notes.append(f"class names taken from {source.where}, in sorted order, since the checkpoint has none")
+    class_names = _class_names(model, graph, source, notes)
     return QuantizedModel(
         name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=graph, recipe=chosen,
         preprocessing=preprocessing, class_names=class_names,
@@ -104,10 +101,18 @@ def quantize(
     )  # fmt: skip
 
 
-def _outputs(graph: fx.GraphModule) -> int:
-    """Width of the graph's logits."""
-    output = next(n for n in graph.graph.nodes if n.op == "output")
-    return int(fx.node.map_arg(output.args, lambda n: n)[0][0].meta["val"].shape[-1])
+def _class_names(
+    model: nn.Module, graph: fx.GraphModule, source: ImageSource | None, notes: list[str]
+) -> tuple[str, ...] | None:
+    """The model's own class names, else those of labelled pictures when there is one per output."""
+    own = getattr(model, "class_names", None)
+    if own is not None or source is None or not source.class_names:
+        return own
+    logits = next(node for node in graph.graph.nodes if node.op == "output").args[0][0]
+    if len(source.class_names) != logits.meta["val"].shape[-1]:
+        return None
+    notes.append(f"class names taken from {source.where}, in sorted order, since the checkpoint has none")
+    return source.class_names
 
 
 def _count_layers(graph: fx.GraphModule) -> int:
@@ -143,23 +148,21 @@ def _observe(
 ) -> dict[str, Any]:  # fmt: skip
     """Run both passes over the data; returns the calibration facts."""
     digest = hashlib.sha256()
-    count = 0
     source = source.spread(recipe.calibration.images)
-    total = len(source)
-    runner = _Observing(graph, {node: observer.see_range for node, observer in observers.items()})
-    for batch in _batches(source, recipe, preprocessing, digest):
-        runner.run(batch)
-        count += len(batch)
-        if progress:
-            progress("ranges", count, total)
-    second = {node: o.see_histogram for node, o in observers.items() if o.needs_histogram}
-    if second:
-        runner, seen = _Observing(graph, second), 0
-        for batch in _batches(source, recipe, preprocessing):
+
+    def walk(stage: str, watch: Mapping[fx.Node, Callable[[Tensor], None]], digest: Any = None) -> int:
+        runner, seen = _Observing(graph, watch), 0
+        for batch in _batches(source, recipe, preprocessing, digest):
             runner.run(batch)
             seen += len(batch)
             if progress:
-                progress("histograms", seen, total)
+                progress(stage, seen, len(source))
+        return seen
+
+    count = walk("ranges", {node: observer.see_range for node, observer in observers.items()}, digest)
+    second = {node: observer.see_histogram for node, observer in observers.items() if observer.needs_histogram}
+    if second:
+        walk("histograms", second)
     settings = recipe.activations.observer.model_dump() if recipe.activations else {}
     return {
         "source": source.where, "images": count, "skipped": list(source.skipped), "sha256": digest.hexdigest(),

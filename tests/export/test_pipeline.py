@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import edgeattn
-from edgeattn.errors import BundleError, DeviceError, GateFailed, UsageError
+from edgeattn.errors import BundleError, DeviceError, GateFailed, NumericError, UsageError
 from edgeattn.export.target import get_target, list_targets
 from edgeattn.runtime.bundle import Bundle
 from edgeattn.runtime.verify import verify
@@ -130,6 +130,16 @@ def test_float_export_has_one_variant_and_says_that_inputs_are_synthetic(tiny_mo
     assert edgeattn.devices.check.bench(bundle, seconds=0.2).targets[0].latency["float32"].summary.runs >= 64
     with pytest.raises(UsageError, match="recipe 'float32': there is no quantized artefact for onnxruntime"):
         edgeattn.check(bundle, VAL)
+
+
+def test_nan_in_a_float_export_names_the_layer(tiny_model, tmp_path):
+    import torch
+
+    with torch.no_grad():
+        tiny_model.blocks2[1].se.fc1.weight.fill_(float("nan"))
+    with pytest.raises(NumericError, match=r"begin in layer blocks2\.1\.se\.fc1"):
+        edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "out", recipe="float32")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_names_come_from_labelled_calibration_folders(tiny_model, tmp_path, pictures):
