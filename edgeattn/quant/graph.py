@@ -88,7 +88,7 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def first_nonfinite(graph: fx.GraphModule, x: Tensor) -> str | None:
-    """Module path (or node name) of the first node whose output holds NaN or infinity for input x, or None."""
+    """Module path (or name of the weight) of the first node whose output holds NaN or infinity for input x, or None."""
 
     class Scan(fx.Interpreter):
         found: str | None = None
@@ -97,7 +97,7 @@ def first_nonfinite(graph: fx.GraphModule, x: Tensor) -> str | None:
             value = super().run_node(n)
             bad = isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
             if bad and self.found is None:
-                self.found = module_path(n) or n.name
+                self.found = str(n.target) if n.op == "get_attr" else module_path(n) or n.name
             return value
 
     scan = Scan(graph)

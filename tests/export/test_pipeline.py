@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import edgeattn
+from edgeattn.devices.check import bench
 from edgeattn.errors import BundleError, DeviceError, GateFailed, NumericError, UsageError
 from edgeattn.export.target import get_target, list_targets
 from edgeattn.runtime.bundle import Bundle
@@ -127,7 +128,7 @@ def test_float_export_has_one_variant_and_says_that_inputs_are_synthetic(tiny_mo
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "f", recipe="float32")
     assert [a.variant for a in bundle.manifest.artifacts] == ["float32"]
     assert any("synthetic" in note for note in bundle.manifest.notes) and verify(tmp_path / "f").ok
-    assert edgeattn.devices.check.bench(bundle, seconds=0.2).targets[0].latency["float32"].summary.runs >= 64
+    assert bench(bundle, seconds=0.2).targets[0].latency["float32"].summary.runs >= 64
     with pytest.raises(UsageError, match="recipe 'float32': there is no quantized artefact for onnxruntime"):
         edgeattn.check(bundle, VAL)
 
