@@ -232,9 +232,8 @@ class _Spread(ImageSource):
         if isinstance(self._parent, IterableSource) and self._parent.one_shot:
             yield from itertools.islice(self._parent._entries(), self._limit)
             return
-        edges = np.linspace(0, len(self._parent), self._limit + 1)
-        offsets = np.random.default_rng(_SPREAD_SEED).random(self._limit) * np.diff(edges)
-        chosen = set((edges[:-1] + offsets).astype(int).tolist())
+        edges = np.linspace(0, len(self._parent), self._limit + 1).astype(int)
+        chosen = set(np.random.default_rng(_SPREAD_SEED).integers(edges[:-1], edges[1:]).tolist())
         for i, entry in enumerate(itertools.islice(self._parent._entries(), max(chosen) + 1)):
             if i in chosen:
                 yield entry

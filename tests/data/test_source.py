@@ -4,6 +4,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from edgeattn.data.source import open_source
@@ -140,6 +142,15 @@ def test_endless_iterators_are_drawn_as_far_as_needed():
     for count in (3, 5, 2):
         walked = [np.asarray(s.image) for _, s in zip(range(count), source, strict=False)]
         assert len(walked) == count and np.array_equal(walked[-1], picture(count - 1))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_spread_takes_one_from_each_stretch(count, limit):
+    source = open_source([(np.zeros((1, 1, 3), np.uint8), i) for i in range(count)]).spread(limit)
+    labels = [s.label for s in source]
+    assert len(labels) == len(source) == min(count, limit) and labels == sorted(set(labels))
+    assert all(abs(label - i * count / len(labels)) <= count / len(labels) + 1 for i, label in enumerate(labels))
 
 
 def test_npz_streams(tmp_path):
