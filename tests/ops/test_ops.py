@@ -163,3 +163,12 @@ def test_contract(name):
     assert list(body.input) == list(spec.inputs)
     if spec.quantized:
         assert set(spec.weights) <= set(spec.inputs) and spec.quantized in OPS
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_torch_op_passes_torchs_own_checks(name):
+    plain, attributes = make_case(*CASES["padded-window"])
+    spec = OPS[name]
+    op = getattr(torch.ops.edgeattn, spec.torch_op.split("::")[1]).default
+    arguments = (*map(torch.from_numpy, inputs_for(spec, plain)), *attributes.values())
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
