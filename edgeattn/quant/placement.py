@@ -65,7 +65,7 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
             continue
         path = module_path(node)
         spec = specs.get(_torch_name(node))
-        is_add = is_call(node, aten.add.Tensor) and len(node.args) == 2 and all(_is_activation(a) for a in node.args)
+        is_add = is_call(node, aten.add.Tensor) and not node.kwargs and all(_is_activation(a) for a in node.args)
         is_weighted = is_call(node, *_WEIGHTED) and attribute(graph, node.args[1]) is not None
         if not (is_weighted or is_add or spec):
             continue
@@ -103,7 +103,7 @@ def _quantized_tensors(graph: fx.GraphModule, quantized: list[fx.Node]) -> tuple
         chosen.update(arg for arg in data if isinstance(arg, fx.Node))
         chosen.add(_after_activation(node))
     # Logits stay in float: the last layer's integer result is scaled once, without another rounding.
-    return tuple(n for n in graph.graph.nodes if n in chosen and output not in n.users)
+    return tuple(n for n in graph.graph.nodes if n in chosen and set(n.users) != {output})
 
 
 def _after_activation(node: fx.Node) -> fx.Node:

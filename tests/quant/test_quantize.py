@@ -119,6 +119,34 @@ def test_own_model_takes_the_same_path(pictures):
     assert result.precision["int8"] >= 4 and result.graph(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
 
 
+class Returning(torch.nn.Module):
+    """The output is read by a layer too, and one addition is scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.preprocessing = Preprocessing(size=(8, 8))
+        self.a, self.b, self.c = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return torch.add(y, self.c(y), alpha=0.5).mean((2, 3)) * 0 + y.mean((2, 3))
+
+
+def test_scaled_additions_stay_float_and_any_reader_gets_its_scale(pictures):
+    result = quantize(randomize(Returning()), "w8a8", pictures)
+    (add,) = [n for n in calls(result.graph, aten.add.Tensor) if n.kwargs]
+    # b, c and the plain addition; a reads the picture.
+    assert add.kwargs == {"alpha": 0.5} and result.precision["int8"] == 3
+    assert torch.isfinite(result.graph(torch.randn(2, 3, 8, 8))).all()
+
+
+@pytest.mark.parametrize("method", ["min_max", "moving_average", "percentile", "mse", "entropy"])
+def test_every_observer_serves_a_recipe(tiny_model, pictures, method):
+    recipe = {"name": method, "activations": {"observer": {"method": method}}}
+    graph = quantize(tiny_model, recipe, pictures[:8]).graph
+    assert torch.isfinite(graph(torch.randn(2, 3, 64, 64))).all()
+
+
 def test_dead_channels_keep_their_bias():
     weight = torch.randn(4, 3, 1, 1)
     weight[1] = 0
