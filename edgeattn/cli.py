@@ -94,7 +94,7 @@ def check_command(
     bundle: BundlePath,
     data: Annotated[Path, typer.Option(help="Validation images: a folder (sub-folders are classes) or an .npz file.")],
     device: Annotated[str, typer.Option(help="Where to measure.")] = "local",
-    gate: Annotated[str, typer.Option(help="Accuracy gate: mlperf99 or mlperf999.")] = "mlperf99",
+    gate: Annotated[str | None, typer.Option(help="mlperf99 or mlperf999; by default the recipe's.")] = None,
     target: Targets = None,
     threads: Threads = None,
     limit: Limit = None,

@@ -57,7 +57,7 @@ def check(
     data: Any,
     *,
     device: str | None = None,
-    gate: str = "mlperf99",
+    gate: str | None = None,
     targets: Sequence[str] | None = None,
     threads: int | None = None,
     skip_bad: bool = False,
@@ -71,7 +71,7 @@ def check(
         bundle: opened, or its path.
         data: folder, .npz, iterable or `ImageSource` of real images; labels are optional.
         device: None or "local": this machine.
-        gate: a name of `GATES`.
+        gate: a name of `GATES`; None: the one of the recipe that the bundle was made with.
         targets: None: all of the bundle.
         threads: None: as each artefact was exported.
         limit: use this many images, spread over the data.
@@ -82,8 +82,9 @@ def check(
         UsageError: unknown device, gate or target. DataError, NumericError, DeviceError: see `evaluate` and `Bundle`.
     """
     _check_device(device)
-    chosen, source = gate_by_name(gate), _source(data, skip_bad, limit)
+    asked, source = gate and gate_by_name(gate), _source(data, skip_bad, limit)
     opened = _opened(bundle)
+    chosen = asked or gate_by_name(opened.manifest.gate)
     for target in _targets(opened, targets):
         if len(_variants(opened, target)) < len(VARIANTS):
             raise UsageError(

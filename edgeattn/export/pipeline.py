@@ -180,6 +180,7 @@ def _write_manifest(
         "preprocessing": quantized.preprocessing.to_dict(),
         "class_names": list(quantized.class_names) if quantized.class_names else None,
         "recipe": quantized.recipe.name,
+        "gate": quantized.recipe.gate,
         "precision": quantized.precision,
         "calibration": quantized.calibration,
         "device_profile": dict(profile) if profile else None,

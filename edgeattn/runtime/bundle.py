@@ -75,6 +75,7 @@ class Manifest(_Strict):
     postprocessing: Literal["softmax"] = "softmax"
     class_names: list[str] | None = None
     recipe: str
+    gate: str = "mlperf99"
     precision: dict[str, int]
     calibration: dict[str, Any] | None = None
     device_profile: dict[str, Any] | None = None

@@ -161,6 +161,14 @@ def test_a_generator_serves_calibration_and_golden_inputs(tiny_model, tmp_path, 
     np.testing.assert_array_equal(bundle.golden()["input"][0], want)
 
 
+def test_the_recipes_gate_is_the_bundles(tiny_model, tmp_path, pictures):
+    bundle = edgeattn.export(
+        tiny_model, ["onnxruntime"], tmp_path / "b", recipe={"name": "strict", "gate": "mlperf999"}, data=pictures
+    )
+    assert edgeattn.check(bundle, pictures, seconds=0.2).gate.name == "mlperf999"
+    assert edgeattn.check(bundle, pictures, seconds=0.2, gate="mlperf99").gate.name == "mlperf99"
+
+
 def test_failed_export_leaves_nothing(tiny_model, tmp_path, monkeypatch, pictures):
     from edgeattn.export import pipeline
 
