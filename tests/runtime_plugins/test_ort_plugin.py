@@ -16,9 +16,9 @@ from cga_cases import Case, assert_close, one_node_model
 from edgeattn.errors import MissingDependency
 from edgeattn.ops.cascaded_group_attention import q_reference, reference
 from edgeattn.runtime_plugins import cpu
+from tests.conftest import needs_plugin
 
 ort = pytest.importorskip("onnxruntime")
-needs_plugin = pytest.mark.skipif(cpu.missing_reason() is not None, reason=str(cpu.missing_reason()))
 
 CASES = {
     "m0-stage1": Case(1, 64, 14, 14, 4, 16, (7, 7), 5),
