@@ -17,7 +17,7 @@ from onnx import helper
 from torch import fx
 
 from edgeattn.errors import NumericError, UnsupportedOp
-from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPS, OPSET, PLUGIN_ATTRIBUTES, OpSpec, load_ops
+from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPS, OPSET, PLUGIN_ATTRIBUTES, OpSpec, alias, load_ops
 from edgeattn.quant import quantizer as _quantizer  # noqa: F401 (registers the torch ops that are translated here)
 from edgeattn.runtime.session import INPUT, OUTPUT
 
@@ -139,8 +139,7 @@ def _attach_functions(model: onnx.ModelProto) -> None:
         key = tuple(attributes[name] for name in spec.signature)
         known = names.setdefault(spec.name, {})
         if key not in known:
-            suffix = "".join(f"_{name}{value}" for name, value in zip(spec.signature, key, strict=True))
-            known[key] = spec.name + (suffix if known else "")
+            known[key] = alias(spec.name, spec.signature, key) if known else spec.name
             model.functions.append(spec.body(**attributes, name=known[key]))
         node.op_type = known[key]
     opsets = {entry.domain for entry in model.opset_import}

@@ -16,93 +16,15 @@ from torch import Tensor, nn
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import UsageError
+from edgeattn.models.blocks import FFN, BNLinear, ConvBN, PatchMerging, Residual, average_heads, stem, transition
 from edgeattn.models.folding import fold_conv_bn
-from edgeattn.models.registry import register_model
+from edgeattn.models.registry import register_variants
 from edgeattn.ops.cascaded_group_attention import cascaded_group_attention
 
 _FUSED_TENSORS = (
     "qkv_weight", "qkv_bias", "dw_weight", "dw_bias", "attention_bias", "proj_weight", "proj_bias",
 )  # fmt: skip
 _STRIDE = 16  # of the stem: four stride-2 convolutions
-
-
-class ConvBN(nn.Module):
-    """Bias-free convolution followed by BatchNorm (eps 1e-5), stored as `c` and `bn`."""
-
-    def __init__(
-        self,
-        in_ch: int,
-        out_ch: int,
-        kernel: int = 1,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-        gain: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.c = nn.Conv2d(in_ch, out_ch, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_ch)
-        nn.init.constant_(self.bn.weight, gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.c(x))
-
-
-class Residual(nn.Module):
-    """x + m(x)."""
-
-    def __init__(self, m: nn.Module) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.m(x)
-
-
-class FFN(nn.Module):
-    """Pointwise expansion, ReLU, pointwise projection; (B, C, H, W) to the same shape."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.pw1 = ConvBN(channels, hidden)
-        self.act = nn.ReLU()
-        self.pw2 = ConvBN(hidden, channels, gain=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pw2(self.act(self.pw1(x)))
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gate: spatial mean, `fc1`, ReLU, `fc2`, sigmoid, multiply. Reduced width rounds to a multiple of 8."""
-
-    def __init__(self, channels: int, ratio: float = 0.25) -> None:
-        super().__init__()
-        reduced = max(8, int(channels * ratio + 4) // 8 * 8)
-        self.fc1 = nn.Conv2d(channels, reduced, 1)
-        self.act = nn.ReLU()
-        self.fc2 = nn.Conv2d(reduced, channels, 1)
-        self.gate = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * self.gate(self.fc2(self.act(self.fc1(pooled))))
-
-
-class PatchMerging(nn.Module):
-    """Halves the grid: (B, C_in, H, W) to (B, C_out, ceil(H/2), ceil(W/2))."""
-
-    def __init__(self, in_ch: int, out_ch: int) -> None:
-        super().__init__()
-        hidden = 4 * in_ch
-        self.conv1 = ConvBN(in_ch, hidden)
-        self.act = nn.ReLU()
-        self.conv2 = ConvBN(hidden, hidden, 3, 2, 1, groups=hidden)
-        self.se = SqueezeExcite(hidden)
-        self.conv3 = ConvBN(hidden, out_ch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv1(x))
-        return self.conv3(self.se(self.act(self.conv2(x))))
 
 
 def attention_bias_index(height: int, width: int) -> Tensor:
@@ -240,26 +162,6 @@ class EfficientViTBlock(nn.Module):
         return self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
 
 
-class BNLinear(nn.Module):
-    """Classifier head: BatchNorm1d then Linear, stored as `bn` and `l`; (B, C) to (B, classes)."""
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(channels)
-        self.l = nn.Linear(channels, num_classes)
-        nn.init.trunc_normal_(self.l.weight, std=0.02)
-        nn.init.zeros_(self.l.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l(self.bn(x))
-
-
-def _transition(channels: int, ratio: int) -> nn.Sequential:
-    return nn.Sequential(
-        Residual(ConvBN(channels, channels, 3, 1, 1, groups=channels)), Residual(FFN(channels, int(channels * ratio)))
-    )
-
-
 def _input_grid(img_size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if height < _STRIDE or width < _STRIDE or height % _STRIDE or width % _STRIDE:
@@ -307,20 +209,14 @@ class EfficientViT(nn.Module):
         grid = _input_grid(img_size)
         self.num_classes = num_classes
         self.preprocessing = Preprocessing(size=(grid[0] * _STRIDE, grid[1] * _STRIDE), crop_fraction=0.875)
-        first = embed_dim[0]
-        self.patch_embed = nn.Sequential(
-            ConvBN(3, first // 8, 3, 2, 1), nn.ReLU(),
-            ConvBN(first // 8, first // 4, 3, 2, 1), nn.ReLU(),
-            ConvBN(first // 4, first // 2, 3, 2, 1), nn.ReLU(),
-            ConvBN(first // 2, first, 3, 2, 1),
-        )  # fmt: skip
+        self.patch_embed = stem(embed_dim[0])
         for stage, channels in enumerate(embed_dim):
             blocks: list[nn.Module] = []
             if stage:
                 blocks += [
-                    _transition(embed_dim[stage - 1], ffn_ratio),
+                    transition(embed_dim[stage - 1], ffn_ratio),
                     PatchMerging(embed_dim[stage - 1], channels),
-                    _transition(channels, ffn_ratio),
+                    transition(channels, ffn_ratio),
                 ]
                 grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
             blocks += [
@@ -339,11 +235,7 @@ class EfficientViT(nn.Module):
         x = self.patch_embed(x)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"blocks{stage}")(x)
-        x = x.mean((2, 3))
-        if self.head_dist is None:
-            return self.head(x)
-        logits = self.head(x), self.head_dist(x)
-        return logits if self.training else (logits[0] + logits[1]) / 2
+        return average_heads(self, x.mean((2, 3)))
 
     @staticmethod
     def from_timm_key(key: str) -> str:
@@ -376,15 +268,4 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "efficientvit_m4": dict(embed_dim=(128, 256, 384), depth=(1, 2, 3), num_heads=(4, 4, 4), kernels=(7, 5, 3, 3)),
     "efficientvit_m5": dict(embed_dim=(192, 288, 384), depth=(1, 3, 4), num_heads=(3, 3, 4), kernels=(7, 5, 3, 3)),
 }
-
-
-def _register_variants() -> None:
-    for name, variant in _VARIANTS.items():
-
-        def build(variant: dict[str, Any] = variant, **config: Any) -> EfficientViT:
-            return EfficientViT(**{**variant, **config})
-
-        register_model(name)(build)
-
-
-_register_variants()
+register_variants(EfficientViT, _VARIANTS)

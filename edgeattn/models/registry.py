@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgeattn.errors import UsageError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 # Modules that register models; each is imported (and torch with it) on the first call that needs a model.
-_FAMILIES = ("efficientvit",)
+_FAMILIES = ("efficientvit", "shvit")
 _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 
 
@@ -32,6 +32,16 @@ def register_model(name: str) -> Callable[[Callable[..., torch.nn.Module]], Call
         return builder
 
     return decorate
+
+
+def register_variants(model: Callable[..., torch.nn.Module], variants: Mapping[str, dict[str, Any]]) -> None:
+    """Register each name as the model with that configuration; keyword arguments of the caller win."""
+
+    def register(name: str, variant: dict[str, Any]) -> None:
+        register_model(name)(lambda **config: model(**{**variant, **config}))
+
+    for name, variant in variants.items():
+        register(name, variant)
 
 
 def _load_families() -> None:

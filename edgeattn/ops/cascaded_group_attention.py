@@ -22,13 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeattn.errors import UnsupportedOp
-from edgeattn.ops.registry import BodyWriter, OpSpec, register_op
+from edgeattn.ops.registry import BodyWriter, OpSpec, dequantize_inputs, register_op, with_scales
 
 _WEIGHTS = ("qkv_weight", "dw_weight", "proj_weight")
 _INPUTS = ("x", "qkv_weight", "qkv_bias", "dw_weight", "dw_bias", "attention_bias", "proj_weight", "proj_bias")
-_Q_INPUTS = tuple(
-    n for name in _INPUTS for n in ((name, name.replace("weight", "scale")) if name in _WEIGHTS else (name,))
-)
+_Q_INPUTS = with_scales(_INPUTS, _WEIGHTS)
 _ATTRIBUTES = {"num_heads": 4, "key_dim": 16, "window": [7, 7], "scale": 0.25}
 
 
@@ -78,14 +76,10 @@ def _depthwise(q: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarra
 
 def q_reference(*inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
     """The definition of the int8-weight form: dequantize, then `reference`."""
-    return reference(*_dequantize_all(inputs, lambda w, s: w.astype(np.float64) * s[:, None, None, None]), **attributes)
-
-
-def _dequantize_all(inputs: Sequence[Any], dequantize: Any) -> list[Any]:
-    values = dict(zip(_Q_INPUTS, inputs, strict=True))
-    for name in _WEIGHTS:
-        values[name] = dequantize(values[name], values.pop(name.replace("weight", "scale")))
-    return [values[name] for name in _INPUTS]
+    values = dequantize_inputs(
+        inputs, _INPUTS, _WEIGHTS, lambda w, scale: w.astype(np.float64) * scale[:, None, None, None]
+    )
+    return reference(*values, **attributes)
 
 
 # 2. ONNX function body --------------------------------------------------------------------------------------------
@@ -93,7 +87,7 @@ def _dequantize_all(inputs: Sequence[Any], dequantize: Any) -> list[Any]:
 
 def body(*, num_heads: int, quantized: bool = False, name: str = "", **_: Any) -> Any:
     """FunctionProto in standard ops; its structure depends on `num_heads` only, the rest are attribute references."""
-    w = BodyWriter()
+    w = BodyWriter("cga")
     _constants(w)
     _partition(w)
     w.add("Split", ["windows"], [f"chunk_{i}" for i in range(num_heads)], axis=1, num_outputs=num_heads)
@@ -300,7 +294,7 @@ def q_cascaded_group_attention(
         proj_scale,
         proj_bias,
     )
-    values = _dequantize_all(inputs, lambda w, s: w.to(s.dtype) * s[:, None, None, None])
+    values = dequantize_inputs(inputs, _INPUTS, _WEIGHTS, lambda w, s: w.to(s.dtype) * s[:, None, None, None])
     return cascaded_group_attention(*values, num_heads, key_dim, window, scale)
 
 

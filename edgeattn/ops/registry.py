@@ -17,7 +17,7 @@ DOMAIN_VERSION = 1
 OPSET = 20  # of the standard domain; function bodies and models must agree on it
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(DOMAIN_VERSION)}
 
-_OP_MODULES = ("cascaded_group_attention",)
+_OP_MODULES = ("cascaded_group_attention", "single_head_attention")
 OPS: dict[str, OpSpec] = {}
 
 
@@ -66,18 +66,51 @@ def load_ops() -> dict[str, OpSpec]:
     return OPS
 
 
-class BodyWriter:
-    """Collects the named nodes of a function body."""
+def alias(name: str, signature: Sequence[str], values: Sequence[Any]) -> str:
+    """Node type for a second body of an op in one model: the op's name and the values that its structure depends on."""
+    return name + "".join(f"_{key}{value}" for key, value in zip(signature, values, strict=True))
 
-    def __init__(self) -> None:
+
+def spec_name(op_type: str) -> str:
+    """The op's name from a node type, which may be an alias."""
+    return op_type.partition("_")[0]
+
+
+def scale_name(weight: str) -> str:
+    """Name of the input that holds the scale of an int8 weight input."""
+    return weight.replace("weight", "scale")
+
+
+def with_scales(inputs: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:
+    """Inputs of an op's quantized form: every weight is followed by its scale."""
+    return tuple(n for name in inputs for n in ((name, scale_name(name)) if name in weights else (name,)))
+
+
+def dequantize_inputs(
+    values: Sequence[Any], inputs: Sequence[str], weights: Sequence[str], dequantize: Callable[[Any, Any], Any]
+) -> list[Any]:
+    """Values of the plain op's `inputs` from those of its quantized form; dequantize(codes, scale) makes a weight."""
+    named = dict(zip(with_scales(inputs, weights), values, strict=True))
+    for name in weights:
+        named[name] = dequantize(named[name], named.pop(scale_name(name)))
+    return [named[name] for name in inputs]
+
+
+class BodyWriter:
+    """Collects the nodes of a function body, named after their first output with a prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
 
     def add(self, op_type: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any) -> None:
-        """Append a node; it is named after its first output."""
+        """Append a node."""
         from onnx import helper
 
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        self.nodes.append(helper.make_node(op_type, list(inputs), names, name=f"cga_{names[0]}", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), names, name=f"{self.prefix}_{names[0]}", **attributes)
+        )
 
     def constant(self, name: str, value: Any) -> str:
         """An int64 or float32 constant tensor."""

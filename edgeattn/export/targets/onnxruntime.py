@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
+
 from edgeattn.export.target import Artifact, Draft
+from edgeattn.ops.registry import DOMAIN, spec_name
 from edgeattn.runtime.bundle import ArtifactEntry, Variant
 from edgeattn.runtime_plugins import cpu
 
@@ -17,9 +20,9 @@ class OnnxRuntimeTarget:
     name = "onnxruntime"
 
     def compile(self, draft: Draft, variant: Variant, profile: Mapping[str, Any] | None = None) -> Artifact:
-        """Session options: the plugin is asked for when it is installed here, every graph optimisation is on."""
+        """Session options: every graph optimisation, and the plugin where it is installed and has the model's ops."""
         settings = {
-            "plugin": cpu.missing_reason() is None,
+            "plugin": cpu.missing_reason() is None and _has_kernels(draft, variant),
             "graph_optimization_level": "all",
             "threads": (profile or {}).get("threads"),
         }
@@ -30,3 +33,10 @@ class OnnxRuntimeTarget:
         model = draft.onnx[variant]
         entry = ArtifactEntry(target=self.name, variant=variant, model=model, files=[model, options], settings=settings)
         return Artifact(draft.folder, entry)
+
+
+def _has_kernels(draft: Draft, variant: Variant) -> bool:
+    """Whether every custom node of the model is an op that the plugin runs."""
+    nodes = onnx.load(draft.folder / draft.onnx[variant], load_external_data=False).graph.node
+    used = {spec_name(node.op_type) for node in nodes if node.domain == DOMAIN}
+    return bool(used) and used <= cpu.KERNELS

@@ -17,6 +17,8 @@ from typing import Any
 from edgeattn.errors import MissingDependency
 
 ABI_VERSION = 1  # EDGEATTN_ABI_VERSION in c_api.h
+# Ops of ours that the plugin has a kernel for; the others run as their function body.
+KERNELS = frozenset({"CascadedGroupAttention", "QCascadedGroupAttention"})
 PLUGIN_VARIABLE = "EDGEATTN_ORT_PLUGIN"
 ISA_VARIABLE = "EDGEATTN_CPU_ISA"
 
