@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,9 +117,25 @@ def stem(channels: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def average_heads(model: Any, features: Tensor) -> Any:
-    """Logits of (B, C) features: of `head`, or of both heads averaged (as a pair in training) with `head_dist`."""
+def classify(model: Any, x: Tensor) -> Any:
+    """Stem, stages `blocks1`.., spatial mean and head: (B, 3, H, W) to (B, classes).
+
+    With `head_dist` the logits of both heads are averaged; in training they come as a pair.
+    """
+    x = model.patch_embed(x)
+    for stage in range(1, model.num_stages + 1):
+        x = getattr(model, f"blocks{stage}")(x)
+    features = x.mean((2, 3))
     if model.head_dist is None:
         return model.head(features)
     logits = model.head(features), model.head_dist(features)
     return logits if model.training else (logits[0] + logits[1]) / 2
+
+
+def official_block_key(key: str) -> str:
+    """timm's `stages.S.blocks.B.` as the release's `blocksS.B.`, which counts the three transition items in front."""
+    return re.sub(
+        r"^stages\.(\d)\.blocks\.(\d+)\.",
+        lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + (3 if int(m[1]) else 0)}.",
+        key,
+    )

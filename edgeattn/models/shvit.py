@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import UsageError
-from edgeattn.models.blocks import FFN, BNLinear, ConvBN, PatchMerging, Residual, average_heads, stem, transition
+from edgeattn.models.blocks import (
+    FFN,
+    BNLinear,
+    ConvBN,
+    PatchMerging,
+    Residual,
+    classify,
+    official_block_key,
+    stem,
+    transition,
+)
 from edgeattn.models.folding import fold_conv_bn
 from edgeattn.models.registry import register_variants
 from edgeattn.ops.single_head_attention import single_head_attention
@@ -146,19 +156,12 @@ class SHViT(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) to (B, num_classes); in training with distillation, the pair of both heads' logits."""
-        x = self.patch_embed(x)
-        for stage in range(1, self.num_stages + 1):
-            x = getattr(self, f"blocks{stage}")(x)
-        return average_heads(self, x.mean((2, 3)))
+        return classify(self, x)
 
     @staticmethod
     def from_timm_key(key: str) -> str:
         """The official name of a timm parameter; official names pass unchanged."""
-        key = re.sub(
-            r"^stages\.(\d)\.blocks\.(\d+)\.",
-            lambda m: f"blocks{int(m[1]) + 1}.{int(m[2]) + (3 if int(m[1]) else 0)}.",
-            key,
-        )
+        key = official_block_key(key)
         places = ("0.0", "0.1", "1", "2.0", "2.1")
         return re.sub(
             r"^stages\.(\d)\.downsample\.(\d)\.", lambda m: f"blocks{int(m[1]) + 1}.{places[int(m[2])]}.", key
