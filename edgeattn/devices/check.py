@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.data.interface import IMAGE, LOGITS
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.devices.accuracy import AccuracyResult, evaluate
 from edgeattn.devices.labels import label_indices
@@ -84,6 +85,7 @@ def check(
     _check_device(device)
     asked, source = gate and gate_by_name(gate), _source(data, skip_bad, limit)
     opened = _opened(bundle)
+    opened.require_classifier("edgeattn check", "`edgeattn verify` and `edgeattn bench`")
     chosen = asked or gate_by_name(opened.manifest.gate)
     for target in _targets(opened, targets):
         if len(_variants(opened, target)) < len(VARIANTS):
@@ -110,6 +112,8 @@ def bench(
     _check_device(device)
     opened = _opened(bundle)
     source = None if data is None else open_source(data)
+    if source is not None:
+        opened.require_classifier("bench with pictures", "bench without data, on the golden inputs")
     plan = _Plan("bench", opened, _targets(opened, targets), source, None, threads, None, 1, seconds, progress)
     return _run(plan, _command(plan, False))
 
@@ -129,6 +133,7 @@ def evaluate_bundle(
     """Accuracy and placement only. Arguments as `check`."""
     _check_device(device)
     opened, source = _opened(bundle), _source(data, skip_bad, limit)
+    opened.require_classifier("edgeattn eval", "`edgeattn verify`")
     plan = _Plan("eval", opened, _targets(opened, targets), source, None, threads, limit, batch_size, 0.0, progress)
     return _run(plan, _command(plan, skip_bad))
 
@@ -172,8 +177,8 @@ def _run(plan: _Plan, command: str) -> CheckResult:
     # The machine's load is part of the evidence, so it is read before this process adds to it.
     machine, started = machine_facts(), utc_now()
     _check_labels(plan)
-    image = _latency_input(plan) if plan.kind != "eval" else None
-    results = tuple(_measure(plan, target, image) for target in plan.targets)
+    inputs = _latency_input(plan) if plan.kind != "eval" else None
+    results = tuple(_measure(plan, target, inputs) for target in plan.targets)
     digest, source = plan.bundle.path / MANIFEST_DIGEST, plan.source
     judged = [result for result in results if result.verdict is not None]
     result = CheckResult(
@@ -197,19 +202,20 @@ def _run(plan: _Plan, command: str) -> CheckResult:
 
 def _check_labels(plan: _Plan) -> None:
     """Labels that do not fit are found before minutes are spent on timing."""
-    outputs = plan.bundle.manifest.output.shape[-1]
-    if plan.source is not None and plan.source.labelled and plan.kind != "bench" and outputs is not None:
+    if plan.source is not None and plan.source.labelled and plan.kind != "bench":
+        outputs = plan.bundle.manifest.outputs[0].shape[-1]
+        assert isinstance(outputs, int)
         label_indices(plan.source, plan.bundle.manifest.class_names, outputs)
 
 
-def _latency_input(plan: _Plan) -> np.ndarray:
-    """(1, channels, height, width) float32."""
+def _latency_input(plan: _Plan) -> dict[str, np.ndarray]:
+    """One sample by input name."""
     if plan.source is None:
-        return plan.bundle.golden()["input"][:1]
-    return plan.bundle.preprocessing(next(iter(plan.source)).image)[None]
+        return {name: value[:1] for name, value in plan.bundle.golden().inputs.items()}
+    return {IMAGE: plan.bundle.preprocessing(next(iter(plan.source)).image)[None]}
 
 
-def _measure(plan: _Plan, target: str, image: np.ndarray | None) -> TargetResult:
+def _measure(plan: _Plan, target: str, inputs: dict[str, np.ndarray] | None) -> TargetResult:
     bundle, manifest = plan.bundle, plan.bundle.manifest
     overrides = {} if plan.threads is None else {"threads": plan.threads}
     accuracy: dict[str, AccuracyResult] = {}
@@ -221,15 +227,14 @@ def _measure(plan: _Plan, target: str, image: np.ndarray | None) -> TargetResult
         for variant in _variants(bundle, target):
             sessions[variant] = bundle.open_session(target, variant, **overrides)
             stack.callback(sessions[variant].close)
-        if image is not None:
+        if inputs is not None:
             # Before accuracy, so that the first inference is the session's first.
-            inputs = {manifest.input.name: image}
             compared = measure_latency(sessions, inputs, seconds=plan.seconds, progress=_staged(plan.progress, target))
             latency, speedup = compared.results, next(iter(compared.speedups), None)
         if plan.source is not None and plan.kind != "bench":
             accuracy = evaluate(
-                sessions, plan.source, bundle.preprocessing, input_name=manifest.input.name,
-                output_name=manifest.output.name, class_names=manifest.class_names, batch_size=plan.batch_size,
+                sessions, plan.source, bundle.preprocessing, input_name=IMAGE, output_name=LOGITS,
+                class_names=manifest.class_names, batch_size=plan.batch_size,
                 progress=_staged(plan.progress, target),
             )  # fmt: skip
         placement = {variant: session.placement() for variant, session in sessions.items()}

@@ -9,8 +9,16 @@ from edgeattn.runtime.bundle import Manifest
 _TEMPLATE = """\
 # {{ m.model }}, {{ m.recipe }}
 
-Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".format(m.parameters) }} parameters,
-input {{ m.preprocessing["size"][0] }} x {{ m.preprocessing["size"][1] }}, {{ m.output.shape[1] }} classes.
+Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".format(m.parameters) }} parameters.
+
+| | name | shape | type |
+| --- | --- | --- | --- |
+{% for t in m.inputs -%}
+| input | `{{ t.name }}` | {{ t.shape | join(" x ") }} | {{ t.dtype }} |
+{% endfor -%}
+{% for t in m.outputs -%}
+| output | `{{ t.name }}` | {{ t.shape | join(" x ") }} | {{ t.dtype }} |
+{% endfor %}
 
 | target | variant | model | settings |
 | --- | --- | --- | --- |
@@ -27,14 +35,24 @@ Not calibrated: floating point throughout.
 
 ## Run it
 
+{% if m.task == "classification" %}
     import edgeattn
     session = edgeattn.load("PATH/TO/THIS/FOLDER")
     print(session("picture.jpg").label)
-
+{% else %}
+    from edgeattn.runtime.bundle import Bundle
+    bundle = Bundle.open("PATH/TO/THIS/FOLDER")
+    session = bundle.open_session("{{ m.artifacts[0].target }}", "{{ m.artifacts[0].variant }}")
+    outputs = session.run(bundle.golden().inputs)
+{% endif %}
 ## Check it
 
     edgeattn verify .                  # digests and golden outputs
+{% if m.task == "classification" %}
     edgeattn check . --data VAL_DIR    # accuracy, latency and placement; one verdict; writes report.html
+{% else %}
+    edgeattn bench .                   # latency and placement
+{% endif %}
 
 Results are appended to `results.jsonl`. {% if m.class_names %}Classes: {{ m.class_names | join(", ") }}.{% endif %}
 
@@ -47,4 +65,6 @@ Results are appended to `results.jsonl`. {% if m.class_names %}Classes: {{ m.cla
 
 def model_card(manifest: Manifest) -> str:
     """Markdown text for a manifest (its `files` are not used)."""
-    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(_TEMPLATE).render(m=manifest)
+    return (
+        jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(_TEMPLATE).render(m=manifest)
+    )

@@ -6,7 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,46 +16,102 @@ import onnx
 import onnxscript
 import torch
 from onnx import helper
-from torch import fx
+from torch import nn
 
+from edgeattn.data.interface import Interface
 from edgeattn.errors import NumericError, UnsupportedOp
 from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPS, OPSET, PLUGIN_ATTRIBUTES, OpSpec, alias, load_ops
 from edgeattn.quant import quantizer as _quantizer  # noqa: F401 (registers the torch ops that are translated here)
-from edgeattn.runtime.session import INPUT, OUTPUT
+from edgeattn.quant.graph import traced
 
-_IR_VERSION = 10  # readable by every runtime of the last two years; nothing newer is needed
+ATTENTION_OPSET = 23
+_EXTERNAL_BYTES = 1.8e9  # below protobuf's 2 GiB, with room for the graph itself
+# The oldest that the opset allows, so that old runtimes read it: 10 up to opset 22, 11 from 23.
+_IR_VERSION = (10, 11)
 
 
-def to_onnx(graph: fx.GraphModule, input_shape: Sequence[int]) -> onnx.ModelProto:
-    """An ONNX model with input `image` (batch, *input_shape) and output `logits`, opset 20, batch axis free.
+def to_onnx(graph: nn.Module, interface: Interface, opset: int | None = None) -> onnx.ModelProto:
+    """An ONNX model with the interface's names and free axes.
+
+    Args:
+        opset: of the standard domain; None is 21, or 23 where the graph has scaled_dot_product_attention, which is the
+            standard op Attention from there on.
 
     Raises:
         UnsupportedOp: a torch op has no ONNX form.
         NumericError: an initializer holds NaN or infinity; it is named.
     """
-    example = torch.zeros(2, *input_shape)
-    try:
-        with _quiet():
-            program = torch.export.export(
-                graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", max=4096)},), strict=False
-            )
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
-                custom_translation_table=_translations(), verbose=False, optimize=True,
-            )  # fmt: skip
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise UnsupportedOp(
-            f"the model cannot be written as ONNX opset {OPSET}: {error}. "
-            "Replace the named operation by one that ONNX has, or register an op of our own for it."
-        ) from error
-    assert exported is not None
-    model: onnx.ModelProto = exported.model_proto
-    model.ir_version = _IR_VERSION
-    _strip(model)
-    _attach_functions(model)
+    program = _program(graph, interface)
+    opset = opset or (ATTENTION_OPSET if _has_attention(program) else OPSET)
+    model: onnx.ModelProto = _exported(program, interface, opset).model_proto
+    _complete(model, opset)
     _check_finite(model)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def save_onnx(graph: nn.Module, interface: Interface, path: Path) -> dict[str, int]:
+    """Write `to_onnx` to a file; returns the number of nodes by op type.
+
+    A model beyond protobuf's limit of 2 GB keeps its weights in `PATH.data` beside it and is never held in memory
+    as a whole a second time.
+    """
+    if sum(tensor.nbytes for tensor in graph.state_dict().values()) < _EXTERNAL_BYTES:
+        model = to_onnx(graph, interface)
+        path.write_bytes(model.SerializeToString())
+    else:
+        program = _program(graph, interface)
+        _check_state_finite(program.state_dict)
+        opset = ATTENTION_OPSET if _has_attention(program) else OPSET
+        _exported(program, interface, opset).save(path, external_data=True)
+        model = onnx.load(path, load_external_data=False)
+        _complete(model, opset)
+        path.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(path), full_check=True)
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def _check_state_finite(state: Mapping[str, Any]) -> None:
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericError(f"weight {name} holds NaN or infinity; use another checkpoint.")
+
+
+def _program(graph: nn.Module, interface: Interface) -> torch.export.ExportedProgram:
+    try:
+        with _quiet():
+            return traced(graph, interface)
+    except RuntimeError as error:
+        raise UnsupportedOp(f"torch.export cannot trace the rewritten graph: {error}") from error
+
+
+def _has_attention(program: torch.export.ExportedProgram) -> bool:
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    return any(node.target is target for node in program.graph.nodes)
+
+
+def _exported(program: torch.export.ExportedProgram, interface: Interface, opset: int) -> torch.onnx.ONNXProgram:
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, input_names=[spec.name for spec in interface.inputs],
+                output_names=list(interface.outputs), custom_translation_table=_translations(), verbose=False,
+                optimize=True,
+            )  # fmt: skip
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise UnsupportedOp(
+            f"the model cannot be written as ONNX opset {opset}: {error}. "
+            "Replace the named operation by one that ONNX has, or register an op of our own for it."
+        ) from error
+    assert exported is not None
+    return exported
+
+
+def _complete(model: onnx.ModelProto, opset: int) -> None:
+    """Make the exporter's model ours: no traces of its source, functions for our ops, the oldest fitting IR version."""
+    model.ir_version = _IR_VERSION[opset >= ATTENTION_OPSET]
+    _strip(model)
+    _attach_functions(model, opset)
 
 
 @contextlib.contextmanager
@@ -70,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    standard = onnxscript.opset20
+    standard = onnxscript.opset21
     table: dict[Any, Any] = {
         torch.ops.edgeattn.quantize.default: lambda x, scale, zero: standard.QuantizeLinear(x, scale, zero),
         torch.ops.edgeattn.dequantize.default: lambda q, scale, zero: standard.DequantizeLinear(q, scale, zero, axis=0),
@@ -123,7 +181,7 @@ def _strip(model: onnx.ModelProto) -> None:
     del model.functions[:]
 
 
-def _attach_functions(model: onnx.ModelProto) -> None:
+def _attach_functions(model: onnx.ModelProto, opset: int) -> None:
     """Give every node of ours a function body.
 
     A body fits one value of the op's structural attributes (its `signature`). Functions are found by name alone in
@@ -131,6 +189,7 @@ def _attach_functions(model: onnx.ModelProto) -> None:
     of its own: the op's name with the attribute's value, which the plugin knows too.
     """
     names: dict[str, dict[tuple[Any, ...], str]] = {}
+    types = _tensor_types(model)
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
@@ -140,11 +199,23 @@ def _attach_functions(model: onnx.ModelProto) -> None:
         known = names.setdefault(spec.name, {})
         if key not in known:
             known[key] = alias(spec.name, spec.signature, key) if known else spec.name
-            model.functions.append(spec.body(**attributes, name=known[key]))
+            function = spec.body(**attributes, name=known[key], dtype=types.get(node.input[0], "float32"))
+            function.opset_import[0].version = opset  # must equal the model's; the bodies mean the same from 20 to 23
+            model.functions.append(function)
         node.op_type = known[key]
     opsets = {entry.domain for entry in model.opset_import}
     if names and DOMAIN not in opsets:
         model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+
+
+def _tensor_types(model: onnx.ModelProto) -> dict[str, str]:
+    """numpy's name of the type of every tensor that states one."""
+    stated = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    return {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        for value in stated
+        if value.type.tensor_type.elem_type
+    }
 
 
 def _check_finite(model: onnx.ModelProto) -> None:

@@ -14,34 +14,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 import edgeattn
 from edgeattn.data.files import atomic_folder, sha256_of
+from edgeattn.data.interface import BATCH, IMAGE, RELATIVE_TOLERANCE
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import GateFailed, NumericError, UsageError
 from edgeattn.export.model_card import model_card
-from edgeattn.export.onnx_model import to_onnx
+from edgeattn.export.onnx_model import save_onnx
 from edgeattn.export.target import Artifact, Draft, get_target
 from edgeattn.quant.graph import first_nonfinite
 from edgeattn.quant.quantize import Progress, QuantizedModel, quantize
 from edgeattn.quant.recipe import Recipe
 from edgeattn.runtime.bundle import (
+    GOLDEN,
     MANIFEST,
     MANIFEST_DIGEST,
     Bundle,
     FileEntry,
+    Golden,
     Manifest,
     TensorEntry,
     Variant,
 )
-from edgeattn.runtime.session import INPUT, OUTPUT
-from edgeattn.runtime.verify import golden_problems
+from edgeattn.runtime.verify import golden_differences, golden_problems
 
 logger = logging.getLogger(__name__)
 
 _ONNX: dict[Variant, str] = {"float32": "reference.onnx", "quantized": "model.onnx"}
-_GOLDEN_IMAGES = 4
+_GOLDEN_SAMPLES = 4
+_LARGE = 100_000_000  # parameters
+_FREE_SIZES = {"height": 224, "width": 256}  # of golden pictures where the model takes any size
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "Pillow")
 
 
@@ -53,6 +57,7 @@ def export(
     recipe: str | Recipe | dict[str, Any] = "w8a8",
     data: Any = None,
     profile: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
     overwrite: bool = False,
     skip_bad: bool = False,
     progress: Progress | None = None,
@@ -64,6 +69,7 @@ def export(
     Args:
         data: calibration pictures (folder, .npz, iterable); also the source of the golden inputs.
         profile: device profile; None is this machine.
+        dynamic_size: leave height and width free, in steps of 32 pixels; for models that take any size.
         progress: called with (stage, done, total).
 
     Raises:
@@ -75,22 +81,32 @@ def export(
     chosen = {name: get_target(name) for name in dict.fromkeys(targets)}
     with atomic_folder(out, overwrite) as folder:
         source = None if data is None else open_source(data, skip_bad)
-        quantized = quantize(model, recipe, source, targets=list(chosen), progress=progress)
+        quantized = quantize(
+            model, recipe, source, targets=list(chosen), dynamic_size=dynamic_size, progress=progress
+        )  # fmt: skip
         variants: list[Variant] = ["float32"] if quantized.recipe.is_float else ["float32", "quantized"]
-        shape = (3, *quantized.preprocessing.size)
-        tolerance = _write_golden(folder, quantized, source, variants)
+        golden, tolerance = _golden(quantized, source, variants)
+        golden.write(folder / GOLDEN)
+        nodes: dict[str, dict[str, int]] = {}
         for i, variant in enumerate(variants):
             _report(progress, "onnx", i, len(variants))
             graph = quantized.float_graph if variant == "float32" else quantized.graph
-            (folder / _ONNX[variant]).write_bytes(to_onnx(graph, shape).SerializeToString())
-        draft = Draft(folder, _ONNX, shape)
+            nodes[variant] = save_onnx(graph, quantized.interface, folder / _ONNX[variant])
+        draft = Draft(folder, _ONNX, quantized.interface)
         artifacts: list[Artifact] = []
         for target in chosen.values():
             for variant in variants:
                 _report(progress, "compile", len(artifacts), len(chosen) * len(variants))
                 artifacts.append(target.compile(draft, variant, profile))
-                _verify_artifact(artifacts[-1], folder, tolerance[variant])
-        _write_manifest(folder, quantized, artifacts, tolerance, profile)
+                _verify_artifact(artifacts[-1], golden, tolerance[variant])
+        notes = list(quantized.notes)
+        if source is None or not quantized.interface.is_classifier:
+            notes.append("golden inputs are synthetic: no pictures were given")
+        facts = {
+            "golden_tolerance": tolerance, "nodes": nodes, "notes": notes,
+            "device_profile": dict(profile) if profile else None,
+        }  # fmt: skip
+        _write_manifest(folder, quantized, golden, artifacts, facts)
         _report(progress, "compile", len(artifacts), len(artifacts))
     return Bundle.open(out)
 
@@ -100,48 +116,64 @@ def _report(progress: Progress | None, stage: str, done: int, total: int) -> Non
         progress(stage, done, total)
 
 
-def _write_golden(
-    folder: Path, quantized: QuantizedModel, source: ImageSource | None, variants: list[Variant]
-) -> dict[str, float]:
-    """Golden inputs and the torch graphs' outputs; returns the largest allowed difference per variant.
+def _golden(
+    quantized: QuantizedModel, source: ImageSource | None, variants: list[Variant]
+) -> tuple[Golden, dict[str, dict[str, float]]]:
+    """Golden inputs and the torch graphs' outputs; the largest allowed difference per variant and output.
 
-    A float32 runtime may differ by rounding (1e-4 of the logits' spread). An integer runtime rounds each layer once
-    more or less than the simulation, which can move a code by one: it may differ by no more than quantization itself
-    changed the logits, twice over.
+    A float32 runtime may differ by rounding (1e-4 of an output's spread unless the interface says more). An integer
+    runtime rounds each layer once more or less than the simulation, which can move a code by one: it may differ by no
+    more than quantization itself changed the output, twice over.
     """
-    arrays = {"input": _golden_input(quantized, source)}
+    inputs = _golden_inputs(quantized, source)
+    outputs: dict[str, dict[str, np.ndarray]] = {
+        variant: _run(quantized.float_graph if variant == "float32" else quantized.graph, quantized, inputs, variant)
+        for variant in variants
+    }
+    plain = outputs["float32"]
+    shares = {name: quantized.interface.tolerance.get(name, RELATIVE_TOLERANCE) for name in plain}
+    tolerance = {"float32": {name: shares[name] * max(1.0, float(value.std())) for name, value in plain.items()}}
+    if "quantized" in variants:
+        tolerance["quantized"] = {
+            name: 2 * float(np.abs(outputs["quantized"][name] - value).max()) + tolerance["float32"][name]
+            for name, value in plain.items()
+        }
+    return Golden(inputs, outputs), tolerance
+
+
+def _run(
+    graph: fx.GraphModule, quantized: QuantizedModel, inputs: dict[str, np.ndarray], variant: str
+) -> dict[str, np.ndarray]:
+    tensors = [torch.from_numpy(value) for value in inputs.values()]
     with torch.no_grad():
-        arrays["float32"] = quantized.float_graph(torch.from_numpy(arrays["input"])).numpy()
-        if "quantized" in variants:
-            arrays["quantized"] = quantized.graph(torch.from_numpy(arrays["input"])).numpy()
-    for variant in variants:
-        if not np.isfinite(arrays[variant]).all():
-            graph = quantized.float_graph if variant == "float32" else quantized.graph
-            layer = first_nonfinite(graph, torch.from_numpy(arrays["input"]))
+        results = graph(*tensors)
+    results = tuple(results.values()) if isinstance(results, dict) else results
+    results = results if isinstance(results, tuple) else (results,)
+    outputs = {name: value.numpy() for name, value in zip(quantized.interface.outputs, results, strict=True)}
+    for name, value in outputs.items():
+        if not np.isfinite(value).all():
+            layer = first_nonfinite(graph, *tensors)
             raise NumericError(
-                f"the {variant} model gives NaN or infinite logits; they begin in layer {layer}. "
+                f"the {variant} model gives NaN or infinite {name}; they begin in layer {layer}. "
                 "Check the checkpoint and the preprocessing."
             )
-    np.savez(folder / "golden.npz", **arrays)  # type: ignore[arg-type]
-    tolerance = {"float32": 1e-4 * max(1.0, float(arrays["float32"].std()))}
-    if "quantized" in variants:
-        tolerance["quantized"] = 2 * float(np.abs(arrays["quantized"] - arrays["float32"]).max()) + tolerance["float32"]
-    return tolerance
+    return outputs
 
 
-def _golden_input(quantized: QuantizedModel, source: ImageSource | None) -> np.ndarray:
-    if source is None:  # float32 export without pictures: any input shows whether a runtime computes the same
-        generator = np.random.default_rng(0)
-        return generator.standard_normal((_GOLDEN_IMAGES, 3, *quantized.preprocessing.size), np.float32)
-    inputs = [quantized.preprocessing(sample.image) for sample in source.spread(_GOLDEN_IMAGES)]
-    return np.stack(inputs)
+def _golden_inputs(quantized: QuantizedModel, source: ImageSource | None) -> dict[str, np.ndarray]:
+    if source is None or quantized.preprocessing is None or not quantized.interface.is_classifier:
+        # Without pictures any input shows whether a runtime computes the same. Large models get one sample.
+        samples = _GOLDEN_SAMPLES if quantized.parameters < _LARGE else 1
+        sizes = {axis: _FREE_SIZES.get(axis, 2) for axis in quantized.interface.free_axes} | {BATCH: samples}
+        return quantized.interface.examples(sizes)
+    images = [quantized.preprocessing(sample.image) for sample in source.spread(_GOLDEN_SAMPLES)]
+    return {IMAGE: np.stack(images)}
 
 
-def _verify_artifact(artifact: Artifact, folder: Path, tolerance: float) -> None:
+def _verify_artifact(artifact: Artifact, golden: Golden, tolerance: dict[str, float]) -> None:
     session = artifact.open()
     try:
-        with np.load(folder / "golden.npz") as golden:
-            problems = golden_problems(session, golden["input"], golden[artifact.entry.variant], tolerance)
+        problems = golden_problems(golden_differences(session, golden, artifact.entry.variant), tolerance)
     finally:
         session.close()
     if problems:
@@ -162,32 +194,33 @@ def _tool_versions() -> dict[str, str]:
 
 
 def _write_manifest(
-    folder: Path, quantized: QuantizedModel, artifacts: list[Artifact], tolerance: dict[str, float],
-    profile: Mapping[str, Any] | None,
-) -> None:  # fmt: skip
+    folder: Path, quantized: QuantizedModel, golden: Golden, artifacts: list[Artifact], facts: dict[str, Any]
+) -> None:
     (folder / "recipe.lock.yaml").write_text(quantized.recipe.to_yaml())
-    notes = list(quantized.notes)
-    if quantized.calibration is None:
-        notes.append("golden inputs are synthetic: no pictures were given")
+    is_classifier = quantized.interface.is_classifier
     values: dict[str, Any] = {
         "edgeattn_version": edgeattn.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": quantized.name,
         "model_config": _plain(quantized.config),
         "parameters": quantized.parameters,
-        "input": TensorEntry(name=INPUT, shape=[None, 3, *quantized.preprocessing.size]),
-        "output": TensorEntry(name=OUTPUT, shape=[None, _classes(folder)]),
-        "preprocessing": quantized.preprocessing.to_dict(),
+        "task": "classification" if is_classifier else "other",
+        "inputs": [
+            TensorEntry(name=spec.name, shape=list(spec.shape), dtype=spec.dtype) for spec in quantized.interface.inputs
+        ],
+        "outputs": [
+            TensorEntry(name=name, shape=[BATCH, *value.shape[1:]]) for name, value in golden.outputs["float32"].items()
+        ],
+        "preprocessing": quantized.preprocessing.to_dict() if quantized.preprocessing else None,
+        "postprocessing": "softmax" if is_classifier else None,
         "class_names": list(quantized.class_names) if quantized.class_names else None,
         "recipe": quantized.recipe.name,
         "gate": quantized.recipe.gate,
         "precision": quantized.precision,
         "calibration": quantized.calibration,
-        "device_profile": dict(profile) if profile else None,
         "tools": _tool_versions(),
-        "golden_tolerance": tolerance,
         "artifacts": [artifact.entry for artifact in artifacts],
-        "notes": notes,
+        **facts,
     }
     (folder / "README.md").write_text(model_card(Manifest(files={}, **values)))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -197,11 +230,6 @@ def _write_manifest(
     text = Manifest(files=entries, **values).model_dump_json(indent=2, by_alias=True) + "\n"
     (folder / MANIFEST).write_text(text)
     (folder / MANIFEST_DIGEST).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
-
-
-def _classes(folder: Path) -> int:
-    with np.load(folder / "golden.npz") as golden:
-        return int(golden["float32"].shape[1])
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

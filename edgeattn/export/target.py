@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgeattn.data.interface import Interface
 from edgeattn.errors import DeviceError, UsageError
 from edgeattn.runtime.bundle import ArtifactEntry, Variant, open_artifact
 from edgeattn.runtime.session import Session
@@ -25,12 +26,17 @@ class Draft:
     """A bundle that is being written: its folder, and the ONNX file of each variant relative to it.
 
     Attributes:
-        input_shape: (C, H, W) of the model's input.
+        interface: the model's inputs and outputs.
     """
 
     folder: Path
     onnx: Mapping[Variant, str]
-    input_shape: tuple[int, int, int]
+    interface: Interface
+
+    def files(self, variant: Variant) -> list[Path]:
+        """The ONNX file of a variant, and the file of its weights where it is too large to hold them."""
+        model = self.folder / self.onnx[variant]
+        return [path for path in (model, model.with_name(f"{model.name}.data")) if path.is_file()]
 
 
 @dataclasses.dataclass(frozen=True)

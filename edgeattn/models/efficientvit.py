@@ -29,6 +29,7 @@ from edgeattn.models.blocks import (
 )
 from edgeattn.models.folding import fold_conv_bn
 from edgeattn.models.registry import register_variants
+from edgeattn.models.sizes import multiple_of
 from edgeattn.ops.cascaded_group_attention import cascaded_group_attention
 
 _FUSED_TENSORS = (
@@ -172,17 +173,6 @@ class EfficientViTBlock(nn.Module):
         return self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
 
 
-def _input_grid(img_size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if height < _STRIDE or width < _STRIDE or height % _STRIDE or width % _STRIDE:
-        near = tuple(max(_STRIDE, round(side / _STRIDE) * _STRIDE) for side in (height, width))
-        raise UsageError(
-            f"img_size {height}x{width} does not fit EfficientViT: both sides must be positive multiples of {_STRIDE} "
-            f"(the stem's stride). Nearest: {near[0]}x{near[1]}."
-        )
-    return height // _STRIDE, width // _STRIDE
-
-
 class EfficientViT(nn.Module):
     """EfficientViT classifier: (B, 3, H, W) float image to (B, num_classes) logits.
 
@@ -216,9 +206,10 @@ class EfficientViT(nn.Module):
         super().__init__()
         if patch_size != _STRIDE:
             raise UsageError(f"patch_size {patch_size}: the stem of EfficientViT has stride {_STRIDE} and no other.")
-        grid = _input_grid(img_size)
+        size = multiple_of("EfficientViT", img_size, _STRIDE, "the stem's stride")
+        grid = size[0] // _STRIDE, size[1] // _STRIDE
         self.num_classes = num_classes
-        self.preprocessing = Preprocessing(size=(grid[0] * _STRIDE, grid[1] * _STRIDE), crop_fraction=0.875)
+        self.preprocessing = Preprocessing(size=size, crop_fraction=0.875)
         self.patch_embed = stem(embed_dim[0])
         for stage, channels in enumerate(embed_dim):
             blocks: list[nn.Module] = []

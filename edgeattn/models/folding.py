@@ -24,8 +24,12 @@ def fold_conv_bn(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
 
 
 def fuse_attention(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every module that offers `to_fused()` is replaced by its inference-only op."""
-    model = copy.deepcopy(model).eval()
+    """A copy of the model in which every module that offers `to_fused()` is replaced by its inference-only op.
+
+    The copy shares its tensors with the model: nothing writes into them, and the largest models are 5 GB.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
     for name, module in list(model.named_modules()):
         if hasattr(module, "to_fused"):
             parent, _, leaf = name.rpartition(".")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 # Modules that register models; each is imported (and torch with it) on the first call that needs a model.
-_FAMILIES = ("efficientvit", "shvit")
+_FAMILIES = ("efficientvit", "shvit", "care", "litv2", "deit", "dit", "vggt")
 _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 
 

@@ -28,6 +28,7 @@ from edgeattn.models.blocks import (
 )
 from edgeattn.models.folding import fold_conv_bn
 from edgeattn.models.registry import register_variants
+from edgeattn.models.sizes import at_least
 from edgeattn.ops.single_head_attention import single_head_attention
 
 _SMALLEST = 16  # the stem's stride: smaller pictures are all padding
@@ -96,13 +97,6 @@ class SHViTBlock(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-def _input_size(img_size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if min(height, width) < _SMALLEST:
-        raise UsageError(f"img_size {height}x{width} is too small for SHViT; both sides must be at least {_SMALLEST}.")
-    return height, width
-
-
 class SHViT(nn.Module):
     """SHViT classifier: (B, 3, H, W) float image, any H and W, to (B, num_classes) logits.
 
@@ -116,6 +110,7 @@ class SHViT(nn.Module):
     """
 
     heads = ("head", "head_dist")
+    any_size = True
 
     def __init__(
         self,
@@ -134,7 +129,9 @@ class SHViT(nn.Module):
         if set(types) - {"s", "i"}:
             raise UsageError(f"types {list(types)}: a stage is 's' (single-head attention) or 'i' (none).")
         self.num_classes = num_classes
-        self.preprocessing = Preprocessing(size=_input_size(img_size or default_resolution), crop_fraction=0.875)
+        self.preprocessing = Preprocessing(
+            size=at_least("SHViT", img_size or default_resolution, _SMALLEST), crop_fraction=0.875
+        )
         self.patch_embed = stem(embed_dim[0])
         for stage, channels in enumerate(embed_dim):
             blocks: list[nn.Module] = []

@@ -85,9 +85,9 @@ def q_reference(*inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
 # 2. ONNX function body --------------------------------------------------------------------------------------------
 
 
-def body(*, num_heads: int, quantized: bool = False, name: str = "", **_: Any) -> Any:
+def body(*, num_heads: int, quantized: bool = False, name: str = "", dtype: str = "float32", **_: Any) -> Any:
     """FunctionProto in standard ops; its structure depends on `num_heads` only, the rest are attribute references."""
-    w = BodyWriter("cga")
+    w = BodyWriter("cga", dtype)
     _constants(w)
     _partition(w)
     w.add("Split", ["windows"], [f"chunk_{i}" for i in range(num_heads)], axis=1, num_outputs=num_heads)
@@ -137,7 +137,6 @@ def _partition(w: BodyWriter) -> None:
     w.add("Mul", ["counts", "window"], "padded_grid")
     w.add("Sub", ["padded_grid", "grid"], "missing")
     w.add("Concat", ["keep2", "missing"], "pads", axis=0)
-    w.add("Concat", ["zero", "zero", "zero", "zero", "zero", "zero"], "six_zeros", axis=0)
     w.add("Concat", ["keep2", "keep2", "pads"], "all_pads", axis=0)
     w.add("Pad", ["x", "all_pads"], "padded")
     w.add("Gather", ["counts", "zero"], "rows", axis=0)

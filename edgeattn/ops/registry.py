@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 DOMAIN = "edgeattn"
 DOMAIN_VERSION = 1
-OPSET = 20  # of the standard domain; function bodies and models must agree on it
+OPSET = 21  # of the standard domain; function bodies and models must agree on it
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(DOMAIN_VERSION)}
 
-_OP_MODULES = ("cascaded_group_attention", "single_head_attention")
+_OP_MODULES = ("cascaded_group_attention", "elu_linear_attention", "hilo_attention", "single_head_attention")
 OPS: dict[str, OpSpec] = {}
 
 
@@ -30,7 +30,7 @@ class OpSpec:
         inputs, outputs: names in order; none is optional.
         attributes: name to example value, which fixes the type (int, float, str, list of int).
         reference: the definition: float64 numpy inputs by name, attributes by name, to the tuple of outputs.
-        body: attributes to the FunctionProto that says the same in standard ops.
+        body: attributes, and `dtype` of the floating-point inputs, to the FunctionProto in standard ops.
         infer_shape: shapes of the inputs (in order) and attributes to the shapes of the outputs; refuses what is wrong.
         torch_op: qualified name of the torch custom op, "edgeattn::..."; takes the inputs, then the attributes.
         signature: the attributes that change the body's structure, so that a model needs one body per value of them.
@@ -97,10 +97,13 @@ def dequantize_inputs(
 
 
 class BodyWriter:
-    """Collects the nodes of a function body, named after their first output with a prefix."""
+    """Collects the nodes of a function body, named after their first output with a prefix.
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    `dtype` is numpy's name of the type that the op computes in; float attributes and constants are written in it.
+    """
+
+    def __init__(self, prefix: str, dtype: str = "float32") -> None:
+        self.prefix, self.dtype = prefix, dtype
         self.nodes: list[onnx.NodeProto] = []
 
     def add(self, op_type: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any) -> None:
@@ -113,15 +116,18 @@ class BodyWriter:
         )
 
     def constant(self, name: str, value: Any) -> str:
-        """An int64 or float32 constant tensor."""
+        """A constant tensor: int64, or of the op's type for a float."""
         from onnx import numpy_helper
 
-        array = np.asarray(value, np.float32 if isinstance(value, float) else np.int64)
+        array = np.asarray(value, self.dtype if isinstance(value, float) else np.int64)
         self.add("Constant", [], name, value=numpy_helper.from_array(array, name))
         return name
 
-    def attribute(self, name: str, attribute: str, kind: str) -> str:
-        """A constant that takes the calling node's attribute; `kind` is value_int, value_ints or value_float."""
+    def attribute(self, name: str, attribute: str, kind: str, dtype: str | None = None) -> str:
+        """A constant that takes the calling node's attribute; `kind` is value_int, value_ints or value_float.
+
+        A float attribute is a float32 constant in ONNX; it is cast to `dtype` (None: the op's) where that differs.
+        """
         from onnx import AttributeProto
 
         types = {
@@ -129,10 +135,20 @@ class BodyWriter:
             "value_ints": AttributeProto.INTS,
             "value_float": AttributeProto.FLOAT,
         }
-        self.add("Constant", [], name)
+        dtype = dtype or self.dtype
+        typed = kind != "value_float" or dtype == "float32"
+        self.add("Constant", [], name if typed else f"{name}_float32")
         reference = self.nodes[-1].attribute.add()
         reference.name, reference.ref_attr_name, reference.type = kind, attribute, types[kind]
+        if not typed:
+            self.cast(f"{name}_float32", name, dtype)
         return name
+
+    def cast(self, source: str, name: str, dtype: str) -> None:
+        """A Cast to numpy's type."""
+        from onnx import helper
+
+        self.add("Cast", [source], name, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def function(self, spec_name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str]) -> Any:
         """The finished FunctionProto; it declares the plugin attributes too."""

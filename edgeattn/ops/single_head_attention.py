@@ -57,24 +57,17 @@ def q_reference(*inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray]:
 # 2. ONNX function body --------------------------------------------------------------------------------------------
 
 
-def body(*, quantized: bool = False, name: str = "", **_: Any) -> Any:
+def body(*, quantized: bool = False, name: str = "", dtype: str = "float32", **_: Any) -> Any:
     """FunctionProto in standard ops; the same for all attribute values."""
-    w = BodyWriter("sha")
-    for attribute, kind in (("key_dim", "value_int"), ("scale", "value_float"), ("epsilon", "value_float")):
-        w.attribute(attribute, attribute, kind)
+    w = BodyWriter("sha", dtype)
+    w.attribute("key_dim", "key_dim", "value_int")
+    w.attribute("scale", "scale", "value_float")
     for constant, value in (("zero", [0]), ("one", [1]), ("two", [2]), ("axes", [1, 2, 3]), ("flat", [0, 0, -1])):
         w.constant(constant, value)
     w.constant("end", [2**31 - 1])
     w.add("Reshape", ["key_dim", "one"], "q_end")
     w.add("Mul", ["q_end", "two"], "k_end")
-    # Written out, because InstanceNormalization's epsilon attribute and GroupNormalization's opset differ by runtime.
-    w.add("ReduceMean", ["x", "axes"], "mean", keepdims=1)
-    w.add("Sub", ["x", "mean"], "centred")
-    w.add("Mul", ["centred", "centred"], "squared")
-    w.add("ReduceMean", ["squared", "axes"], "variance", keepdims=1)
-    w.add("Add", ["variance", "epsilon"], "variance_eps")
-    w.add("Sqrt", ["variance_eps"], "deviation")
-    w.add("Div", ["centred", "deviation"], "normed")
+    _normalise(w)
     weight = "qkv_weight"
     if quantized:
         weight = "qkv_weight_f"
@@ -93,6 +86,26 @@ def body(*, quantized: bool = False, name: str = "", **_: Any) -> Any:
     w.add("Reshape", ["out_flat", "x_shape"], "y")
     default = "QSingleHeadAttention" if quantized else "SingleHeadAttention"
     return w.function(name or default, _Q_INPUTS if quantized else _INPUTS, ("y",), tuple(_ATTRIBUTES))
+
+
+def _normalise(w: BodyWriter) -> None:
+    """x to `normed`, in float32: a sum over the whole map overflows float16.
+
+    Written out, because InstanceNormalization's epsilon attribute and GroupNormalization's opset differ by runtime.
+    """
+    w.attribute("epsilon", "epsilon", "value_float", dtype="float32")
+    wide, result = ("x", "normed") if w.dtype == "float32" else ("x_wide", "normed_wide")
+    if wide != "x":
+        w.cast("x", wide, "float32")
+    w.add("ReduceMean", [wide, "axes"], "mean", keepdims=1)
+    w.add("Sub", [wide, "mean"], "centred")
+    w.add("Mul", ["centred", "centred"], "squared")
+    w.add("ReduceMean", ["squared", "axes"], "variance", keepdims=1)
+    w.add("Add", ["variance", "epsilon"], "variance_eps")
+    w.add("Sqrt", ["variance_eps"], "deviation")
+    w.add("Div", ["centred", "deviation"], result)
+    if result != "normed":
+        w.cast(result, "normed", w.dtype)
 
 
 # 3. Shape rule ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""One graph step: BatchNorm into its convolution or linear layer, residual identity into a depthwise convolution.
+"""One graph step: BatchNorm into the convolution before or behind it, or the linear layer behind it, and the residual
+identity into a depthwise convolution.
 
-The second follows RepVGG's identity branch (Ding et al., CVPR 2021, section 3.3): x + dw(x) is one depthwise
+The last follows RepVGG's identity branch (Ding et al., CVPR 2021, section 3.3): x + dw(x) is one depthwise
 convolution with 1 added at the kernel's centre.
 """
 
@@ -19,6 +20,7 @@ def fold(graph: fx.GraphModule) -> dict[str, int]:
     """Rewrite the graph in place; returns how many of each fold were made."""
     counts = {
         "conv_bn": sum(_conv_bn(graph, node) for node in calls(graph, aten.batch_norm.default)),
+        "bn_conv": sum(_bn_conv(graph, node) for node in calls(graph, aten.batch_norm.default)),
         "bn_linear": sum(_bn_linear(graph, node) for node in calls(graph, aten.batch_norm.default)),
         "residual_depthwise": sum(_residual(graph, node) for node in calls(graph, aten.add.Tensor)),
     }
@@ -56,6 +58,38 @@ def _conv_bn(graph: fx.GraphModule, bn: fx.Node) -> bool:
     bn.replace_all_uses_with(conv)
     graph.graph.erase_node(bn)
     return True
+
+
+def _bn_conv(graph: fx.GraphModule, bn: fx.Node) -> bool:
+    """BatchNorm in front of dense convolutions without padding: a zero-padded border would miss the shift."""
+    users, values = list(bn.users), _bn_values(graph, bn)
+    if values is None or not users or not all(_takes_affine(graph, user, bn) for user in users):
+        return False
+    scale, shift = values
+    for conv in users:
+        weight = attribute(graph, conv.args[1])
+        assert weight is not None
+        wide = weight.detach().double()
+        old = attribute(graph, conv.args[2]) if len(conv.args) > 2 else None
+        bias = wide.sum((2, 3)) @ shift
+        _replace_weights(graph, conv, wide * scale[None, :, None, None], bias if old is None else bias + old.detach())
+        set_input(conv, 0, bn.args[0])
+    graph.graph.erase_node(bn)
+    return True
+
+
+def _takes_affine(graph: fx.GraphModule, conv: fx.Node, x: fx.Node) -> bool:
+    """Whether the node is a convolution of x with constant weights, one group and no padding."""
+    if not is_call(conv, aten.conv2d.default) or conv.args[0] is not x or attribute(graph, conv.args[1]) is None:
+        return False
+    padding, groups = _options(conv)[1], _options(conv)[3]
+    return groups == 1 and not any(padding if isinstance(padding, (list, tuple)) else [padding])
+
+
+def _options(conv: fx.Node) -> list[Any]:
+    """stride, padding, dilation and groups of an aten.conv2d node."""
+    given: list[Any] = list(conv.args[3:])
+    return (given + [[1, 1], [0, 0], [1, 1], 1][len(given) :])[:4]
 
 
 def _bn_linear(graph: fx.GraphModule, bn: fx.Node) -> bool:
@@ -102,8 +136,7 @@ def _residual(graph: fx.GraphModule, add: fx.Node) -> bool:
 
 def _keeps_shape(conv: fx.Node, weight: Tensor) -> bool:
     """Depthwise, stride 1, odd kernel with same padding, no dilation."""
-    given: list[Any] = list(conv.args[3:])
-    stride, padding, dilation, groups = (given + [[1, 1], [0, 0], [1, 1], 1][len(given) :])[:4]
+    stride, padding, dilation, groups = _options(conv)
     sides = list(weight.shape[2:])
     return (
         groups == weight.shape[0] and weight.shape[1] == 1 and all(side % 2 for side in sides)

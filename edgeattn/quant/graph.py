@@ -9,30 +9,47 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from edgeattn.data.interface import EVEN_BATCH, Interface
 from edgeattn.errors import UnsupportedOp
 
 aten = torch.ops.aten
+# Axes that are free in steps: pictures by 32 pixels, the stride of every network that takes any size; guided batches.
+_STEPS = {"height": 32, "width": 32, EVEN_BATCH: 2}
+_MOST_STEPS = 4096
 
 
-def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """Trace a model in evaluation mode with a free batch axis; parameters become attributes of the graph module.
+def _dimension(axis: str) -> Any:
+    if axis in _STEPS:
+        return _STEPS[axis] * torch.export.Dim(f"{axis}_steps", min=2, max=_MOST_STEPS)
+    return torch.export.Dim(axis, max=_MOST_STEPS)
 
-    Args:
-        example: (B, ...) input with B >= 2, so that the batch axis is not specialised to one.
+
+def capture(model: nn.Module, interface: Interface) -> fx.GraphModule:
+    """Trace a model in evaluation mode with free axes; parameters become attributes of the graph module.
 
     Raises:
         UnsupportedOp: torch.export cannot trace the model; its own reason is kept.
     """
     try:
-        program = torch.export.export(
-            model.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", max=4096)},), strict=False
-        )
+        return traced(model.eval(), interface).module(check_guards=False)
     except Exception as error:  # torch.export raises many classes
+        shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in interface.inputs)
         raise UnsupportedOp(
-            f"torch.export cannot trace {type(model).__name__} on an input of {tuple(example.shape)}: {error}. "
+            f"torch.export cannot trace {type(model).__name__} on {shapes}: {error}. "
             "Data-dependent Python control flow in forward() is the usual cause."
         ) from error
-    return program.module(check_guards=False)
+
+
+def traced(model: nn.Module, interface: Interface) -> torch.export.ExportedProgram:
+    """torch.export of a model with the interface's free axes free."""
+    # torch.export would fix an axis of size one, and one that equals another by chance.
+    sizes = {axis: _STEPS.get(axis, 1) * (2 + i) for i, axis in enumerate(interface.free_axes)}
+    dims = {axis: _dimension(axis) for axis in interface.free_axes}
+    examples = tuple(torch.from_numpy(value) for value in interface.examples(sizes).values())
+    shapes = tuple(
+        {i: dims[side] for i, side in enumerate(spec.shape) if isinstance(side, str)} for spec in interface.inputs
+    )
+    return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
 
 
 def module_path(node: fx.Node) -> str:
@@ -87,8 +104,8 @@ def finish(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def first_nonfinite(graph: fx.GraphModule, x: Tensor) -> str | None:
-    """Module path (or name of the weight) of the first node whose output holds NaN or infinity for input x, or None."""
+def first_nonfinite(graph: fx.GraphModule, *inputs: Tensor) -> str | None:
+    """Module path (or name of the weight) of the first node whose output holds NaN or infinity, or None."""
 
     class Scan(fx.Interpreter):
         found: str | None = None
@@ -102,7 +119,7 @@ def first_nonfinite(graph: fx.GraphModule, x: Tensor) -> str | None:
 
     scan = Scan(graph)
     with torch.no_grad():
-        scan.run(x)
+        scan.run(*inputs)
     return scan.found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from edgeattn.data.interface import Interface, classifier_interface, interface_of
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import RecipeError, UsageError
@@ -31,7 +32,7 @@ _FEW_IMAGES = 64  # below this the notes warn: small grids give thin statistics
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
-    """The result of `quantize`; both graphs take (B, 3, H, W) float32 and return logits.
+    """The result of `quantize`; both graphs take the inputs of `interface` in order.
 
     Attributes:
         float_graph: the folded float32 graph, attention as one op per block.
@@ -45,7 +46,8 @@ class QuantizedModel:
     float_graph: fx.GraphModule
     graph: fx.GraphModule
     recipe: Recipe
-    preprocessing: Preprocessing
+    interface: Interface
+    preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
     config: dict[str, Any]
     parameters: int
@@ -60,45 +62,60 @@ def quantize(
     data: Any = None,
     *,
     targets: list[str] | None = None,
+    dynamic_size: bool = False,
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Fold, calibrate on real pictures and quantize a model. The given model is not changed.
 
     Args:
-        model: a model of the zoo, or any classifier with a `preprocessing` attribute (see `Preprocessing`).
+        model: a model of the zoo; or any classifier with a `preprocessing` attribute (see `Preprocessing`), any other
+            model with an `interface` attribute (see `Interface`).
         data: folder, .npz, or iterable of pictures; needed unless the recipe is float32.
         targets: what the result will run on; decides the signedness of activations.
+        dynamic_size: leave height and width free.
         progress: called with (stage, done, total).
 
     Raises:
-        DataError: no or unreadable data. RecipeError: the recipe does not fit. NumericError: NaN; the layer is named.
+        UsageError: the model takes no other size. DataError: no or unreadable data. RecipeError: the recipe does not
+        fit. NumericError: NaN; the layer is named.
     """
     chosen = load_recipe(recipe).for_targets(targets or ["onnxruntime"])
+    interface = _free_size(model) if dynamic_size else interface_of(model)
     preprocessing = getattr(model, "preprocessing", None)
-    if not isinstance(preprocessing, Preprocessing):
-        raise UsageError(
-            f"{type(model).__name__} has no `preprocessing`; set model.preprocessing = edgeattn.data.preprocessing."
-            "Preprocessing(size=(H, W), ...) so that pictures can be prepared the way it was trained."
+    if not interface.is_classifier and not chosen.is_float:
+        names = ", ".join(spec.name for spec in interface.inputs)
+        raise RecipeError(
+            f"recipe {chosen.name!r} calibrates on pictures, and {getattr(model, 'name', type(model).__name__)} takes "
+            f"{names}; this version quantizes classifiers only. Export it with the recipe float32."
         )
-    example = torch.zeros(2, 3, *preprocessing.size)
-    float_graph = capture(fuse_attention(model), example)
+    float_graph = capture(fuse_attention(model), interface)
     folds = fold(float_graph)
     notes = list(getattr(model, "notes", []))
-    notes.append("folded: " + ", ".join(f"{count} {what}" for what, count in folds.items() if count))
+    notes.append("folded: " + (", ".join(f"{count} {what}" for what, count in folds.items() if count) or "nothing"))
     graph, precision, calibration = float_graph, {"float32": _count_layers(float_graph)}, None
     source = None if chosen.is_float and data is None else open_source(data, skip_bad)
     if not chosen.is_float:
-        assert source is not None
+        assert source is not None and preprocessing is not None
         graph = copy.deepcopy(float_graph)
         precision, calibration = _calibrate_and_insert(graph, chosen, source, preprocessing, notes, progress)
     class_names = _class_names(model, graph, source, notes)
     return QuantizedModel(
         name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=graph, recipe=chosen,
-        preprocessing=preprocessing, class_names=class_names,
+        interface=interface, preprocessing=preprocessing, class_names=class_names,
         config=getattr(model, "config", {}), parameters=sum(p.numel() for p in model.parameters()),
         precision=precision, calibration=calibration, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _free_size(model: nn.Module) -> Interface:
+    """A classifier's interface with free height and width."""
+    if not getattr(model, "any_size", False):
+        raise UsageError(
+            f"{getattr(model, 'name', type(model).__name__)} is built for one input size (position or bias tables, "
+            "windows); export it once per size with img_size. Any size: SHViT and CARE."
+        )
+    return classifier_interface(("height", "width"))
 
 
 def _class_names(

@@ -34,6 +34,7 @@ class TrainConfig:
         learning_rate: peak of the one-cycle schedule (linear warm-up, then cosine to 0).
         ema_decay: decay of the exponential moving average of the weights, which is what is evaluated and saved.
         transpose: also transpose pictures at random (aerial views have no up).
+        model_config: overrides of the architecture, for a narrower model than the named one.
     """
 
     model: str
@@ -48,6 +49,11 @@ class TrainConfig:
     transpose: bool = True
     bf16: bool = True
     seed: int = 20261120
+    model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def create(self, num_classes: int) -> nn.Module:
+        """The untrained model."""
+        return create_model(self.model, num_classes=num_classes, img_size=self.img_size, **self.model_config)
 
 
 @dataclasses.dataclass
@@ -88,8 +94,8 @@ class _Trainer:
     def __init__(self, config: TrainConfig, train: _Pixels, preprocessing: Preprocessing) -> None:
         self.config, self.train, self.epoch, self.step = config, train, 0, 0
         torch.manual_seed(config.seed)
-        self.model = create_model(config.model, num_classes=len(train.class_names), img_size=config.img_size)
-        self.ema = create_model(config.model, num_classes=len(train.class_names), img_size=config.img_size)
+        self.model = config.create(len(train.class_names))
+        self.ema = config.create(len(train.class_names))
         self.ema.load_state_dict(self.model.state_dict())
         decay = [p for p in self.model.parameters() if p.dim() > 1]
         plain = [p for p in self.model.parameters() if p.dim() <= 1]
@@ -118,6 +124,13 @@ class _Trainer:
     def normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
 
+    def loss(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Cross entropy; a model with two heads gives a pair in training, and both learn from the labels."""
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        smoothing = self.config.label_smoothing
+        losses = [nn.functional.cross_entropy(h.float(), labels, label_smoothing=smoothing) for h in heads]
+        return torch.stack(losses).mean()
+
     def run_epoch(self) -> float:
         """One pass over the data; returns the mean loss."""
         self.model.train()
@@ -130,9 +143,7 @@ class _Trainer:
                 group["lr"] = self.learning_rate()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
                 logits = self.model(self.normalize(images))
-            loss = nn.functional.cross_entropy(
-                logits.float(), self.train.labels[index], label_smoothing=self.config.label_smoothing
-            )
+            loss = self.loss(logits, self.train.labels[index])
             if not torch.isfinite(loss):
                 raise NumericError(f"loss is {loss.item()} in epoch {self.epoch + 1}; lower --learning-rate.")
             self.optimizer.zero_grad()
@@ -235,7 +246,11 @@ def train(
 def _save(trainer: _Trainer, preprocessing: Preprocessing, out: Path) -> None:
     metadata = {
         "model": trainer.config.model,
-        "config": {"img_size": trainer.config.img_size, "num_classes": len(trainer.train.class_names)},
+        "config": {
+            **trainer.config.model_config,
+            "img_size": trainer.config.img_size,
+            "num_classes": len(trainer.train.class_names),
+        },
         "class_names": list(trainer.train.class_names),
         "preprocessing": preprocessing.to_dict(),
         "training": dataclasses.asdict(trainer.config),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from edgeattn.runtime.session import Session
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+GOLDEN = "golden.npz"
 RESULTS = "results.jsonl"
 REPORT = "report.html"
 # Written after the bundle was made: appended results and the report drawn from them. Never loaded as code or model.
@@ -53,15 +56,18 @@ class ArtifactEntry(_Strict):
 
 
 class TensorEntry(_Strict):
-    """Name and shape of a model input or output; None is the batch axis."""
+    """Name and shape of a model input or output; a name is a free axis."""
 
     name: str
-    shape: list[int | None]
+    shape: list[int | str]
     dtype: str = "float32"
 
 
 class Manifest(_Strict):
-    """`manifest.json`. Paths are relative with forward slashes; times are UTC."""
+    """`manifest.json`. Paths are relative with forward slashes; times are UTC.
+
+    `golden_tolerance` is per variant and output; `nodes` counts the ONNX nodes of a variant by op type.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     edgeattn_version: str
@@ -69,10 +75,11 @@ class Manifest(_Strict):
     model: str
     model_config_: dict[str, Any] = pydantic.Field(alias="model_config")
     parameters: int
-    input: TensorEntry
-    output: TensorEntry
-    preprocessing: dict[str, Any]
-    postprocessing: Literal["softmax"] = "softmax"
+    task: Literal["classification", "other"] = "classification"
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+    preprocessing: dict[str, Any] | None
+    postprocessing: Literal["softmax"] | None = "softmax"
     class_names: list[str] | None = None
     recipe: str
     gate: str = "mlperf99"
@@ -80,10 +87,41 @@ class Manifest(_Strict):
     calibration: dict[str, Any] | None = None
     device_profile: dict[str, Any] | None = None
     tools: dict[str, str]
-    golden_tolerance: dict[str, float]
+    golden_tolerance: dict[str, dict[str, float]]
+    nodes: dict[str, dict[str, int]] = {}
     artifacts: list[ArtifactEntry]
     notes: list[str] = []
     files: dict[str, FileEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """Inputs by name, and the outputs by name that each variant's graph gave for them."""
+
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, dict[str, np.ndarray]]
+
+    def write(self, path: Path) -> None:
+        """Write an uncompressed `.npz`: `input/NAME`, `VARIANT/NAME`."""
+        arrays = {f"input/{name}": value for name, value in self.inputs.items()}
+        for variant, values in self.outputs.items():
+            arrays.update({f"{variant}/{name}": value for name, value in values.items()})
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        """Inverse of `write`."""
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = archive[key]
+        return cls(groups.pop("input"), groups)
+
+    def samples(self) -> Iterator[slice]:
+        """One sample at a time: artefacts may have a fixed batch of one."""
+        count = len(next(iter(self.inputs.values())))
+        yield from (slice(i, i + 1) for i in range(count))
 
 
 class Bundle:
@@ -128,7 +166,8 @@ class Bundle:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What turns a picture into the model's input."""
+        """What turns a picture into the model's input; classifiers have it."""
+        assert self.manifest.preprocessing is not None
         return Preprocessing.from_dict(self.manifest.preprocessing)
 
     @property
@@ -163,10 +202,22 @@ class Bundle:
             self.file(name)
         return open_artifact(target, self.path / entry.model, {**entry.settings, **overrides}, variant)
 
-    def golden(self) -> dict[str, np.ndarray]:
-        """Arrays of `golden.npz`: `input`, `float32`, `quantized`."""
-        with np.load(self.file("golden.npz"), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+    def golden(self) -> Golden:
+        """Inputs and expected outputs of `golden.npz`."""
+        return Golden.read(self.file(GOLDEN))
+
+    def require_classifier(self, what: str, instead: str) -> None:
+        """Refuse what only classifiers can do.
+
+        Raises:
+            UsageError: the bundle holds another kind of model; `instead` says what to do.
+        """
+        if self.manifest.task != "classification":
+            names = ", ".join(entry.name for entry in self.manifest.inputs)
+            raise UsageError(
+                f"{self.path} holds {self.manifest.model!r}, which is not a classifier (inputs: {names}); "
+                f"{what} takes classifiers only. Instead: {instead}."
+            )
 
 
 def open_artifact(target: str, model: Path, settings: dict[str, Any], variant: str) -> Session:

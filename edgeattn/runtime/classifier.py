@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from edgeattn.data.interface import IMAGE, LOGITS
 from edgeattn.data.source import open_source
 from edgeattn.runtime.bundle import Bundle
-from edgeattn.runtime.session import INPUT, OUTPUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Classifier:
         """
         picture = Image.open(image) if isinstance(image, (str, Path)) else image
         sample = next(iter(open_source([picture])))
-        logits = self.session.run({INPUT: self._preprocess(sample.image)[None]})[OUTPUT][0]
+        logits = self.session.run({IMAGE: self._preprocess(sample.image)[None]})[LOGITS][0]
         weights = np.exp(logits - logits.max())
         index = int(np.argmax(logits))
         names = self.bundle.manifest.class_names
@@ -61,6 +61,7 @@ def load(path: str | Path, *, target: str | None = None, variant: str | None = N
         BundleError: a file does not match its digest. MissingDependency: the target's runtime is not installed.
     """
     bundle = Bundle.open(path)
+    bundle.require_classifier("edgeattn.load", "open an artefact with Bundle.open(...).open_session(...)")
     target = target or bundle.targets[0]
     variants = [entry.variant for entry in bundle.manifest.artifacts if entry.target == target]
     return Classifier(bundle, target, variant or (variants[-1] if variants else "quantized"), **settings)

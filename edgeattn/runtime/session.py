@@ -8,8 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-INPUT, OUTPUT = "image", "logits"  # tensor names of every classifier that edgeattn exports
-
 
 @dataclasses.dataclass(frozen=True)
 class Placement:

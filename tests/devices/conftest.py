@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.runtime import bundle as bundle_module
+from edgeattn.runtime.bundle import Golden
 from edgeattn.runtime.session import Placement
 
 CLASSES = 4
@@ -48,7 +49,7 @@ class FakeSession:
         if self.clock is not None:
             self.clock.pass_ms(self._cost(self.runs))
         self.runs += 1
-        return {"logits": self._logits(inputs["input"])}
+        return {"logits": self._logits(inputs["image"])}
 
     def placement(self):
         return self._placement
@@ -156,13 +157,14 @@ def write_bundle(path, targets=("fake", "other"), class_names=("<b>dark</b>", "d
             (path / name).write_bytes(name.encode() * (40 if variant == "float32" else 10))
             files.append(name)
             entries.append(dict(target=target, variant=variant, model=name, files=[name], settings={"threads": None}))
-    np.savez(path / "golden.npz", input=np.full((2, 3, 4, 4), 0.4, np.float32))
+    Golden({"image": np.full((2, 3, 4, 4), 0.4, np.float32)}, {}).write(path / "golden.npz")
     manifest = dict(
         schema_version=1, edgeattn_version="0.1.0", created="2026-01-01T00:00:00Z", model="tiny", model_config={},
         parameters=10,
-        input=dict(name="input", shape=[None, 3, 4, 4]), output=dict(name="logits", shape=[None, CLASSES]),
+        inputs=[dict(name="image", shape=["batch", 3, 4, 4])], outputs=[dict(name="logits", shape=["batch", CLASSES])],
         preprocessing=PREPROCESSING.to_dict(), class_names=list(class_names), recipe="w8a8", precision={"int8": 3},
-        calibration={"images": 32}, tools={"torch": "2"}, golden_tolerance={"float32": 1e-3}, artifacts=entries,
+        calibration={"images": 32}, tools={"torch": "2"}, golden_tolerance={"float32": {"logits": 1e-3}},
+        artifacts=entries,
         notes=["softmax stays in <float>"],
         files={
             name: dict(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))

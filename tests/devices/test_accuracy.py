@@ -17,7 +17,7 @@ def run(preprocessing, make_session, brightness):
 
     def evaluate_with(data, quantized=brightness, **options):
         sessions = {"float32": make_session("float32"), "quantized": make_session("quantized", logits=quantized)}
-        names = {"input_name": "input", "output_name": "logits"}
+        names = {"input_name": "image", "output_name": "logits"}
         return evaluate(sessions, open_source(data), preprocessing, **{**names, **options})
 
     return evaluate_with

@@ -8,7 +8,7 @@ from edgeattn.devices import latency
 from edgeattn.devices.latency import BLOCK_DISCARD, BLOCK_RUNS, SETTLE_MS, measure_latency
 from edgeattn.errors import UsageError
 
-IMAGE = {"input": np.zeros((1, 3, 4, 4), np.float32)}
+IMAGE = {"image": np.zeros((1, 3, 4, 4), np.float32)}
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_garbage_collection_is_restored_after_a_failure(clock, make_session):
     [
         (dict(sessions={}), "no session to measure"),
         (dict(seconds=0), "expected a positive number of seconds"),
-        (dict(inputs={"input": np.zeros((2, 3, 4, 4))}), r"measured at batch 1, expected \(1, \.\.\.\)"),
+        (dict(inputs={"image": np.zeros((2, 3, 4, 4))}), r"measured at batch 1, expected \(1, \.\.\.\)"),
     ],
     ids=["no session", "no time", "batch 2"],
 )

@@ -187,7 +187,7 @@ def test_a_generator_serves_calibration_and_golden_inputs(tiny_model, tmp_path, 
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "g", data=(p for p in pictures))
     assert bundle.manifest.calibration["images"] == 32
     want = tiny_model.preprocessing.normalize(pictures[0])
-    np.testing.assert_array_equal(bundle.golden()["input"][0], want)
+    np.testing.assert_array_equal(bundle.golden().inputs["image"][0], want)
 
 
 def test_the_recipes_gate_is_the_bundles(tiny_model, tmp_path, pictures):
@@ -218,7 +218,7 @@ def test_artifacts_open_locally_only(tiny_model, tmp_path, pictures):
 
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "b", data=pictures)
     artifact = Artifact(bundle.path, bundle.artifact("onnxruntime", "quantized"))
-    assert artifact.open().run({"image": bundle.golden()["input"]})["logits"].shape == (4, 10)
+    assert artifact.open().run(bundle.golden().inputs)["logits"].shape == (4, 10)
     with pytest.raises(DeviceError, match="'local' only"):
         artifact.open("ssh://robot")
     with pytest.raises(UsageError, match="exists"):

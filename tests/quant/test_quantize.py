@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from edgeattn import create_model
+from edgeattn.data.interface import classifier_interface
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import DataError, NumericError, RecipeError, UsageError
 from edgeattn.models.folding import fuse_attention
@@ -24,7 +25,7 @@ def test_folding_keeps_the_function(name, size, distillation):
     torch.manual_seed(0)
     model = randomize(create_model(name, img_size=size, num_classes=11, distillation=distillation))
     x = torch.randn(2, 3, *model.preprocessing.size)
-    graph = capture(fuse_attention(model), x)
+    graph = capture(fuse_attention(model), classifier_interface(x.shape[2:]))
     counts = fold(graph)
     with torch.no_grad():
         want, got = model(x), graph(x)
@@ -54,8 +55,8 @@ class Awkward(torch.nn.Module):
 
 def test_only_exact_patterns_fold():
     model = randomize(Awkward())
-    graph = capture(model, torch.zeros(2, 3, 8, 8))
-    assert fold(graph) == {"conv_bn": 0, "bn_linear": 0, "residual_depthwise": 0}
+    graph = capture(model, classifier_interface((8, 8)))
+    assert fold(graph) == {"conv_bn": 0, "bn_conv": 0, "bn_linear": 0, "residual_depthwise": 0}
     x = torch.randn(3, 3, 8, 8)
     assert torch.allclose(graph(x), model(x), atol=1e-6)
 
@@ -116,7 +117,7 @@ def test_nan_in_activations_names_the_layer(tiny_model, pictures):
 
 def test_own_model_takes_the_same_path(pictures):
     result = quantize(randomize(Awkward()), "w8a8", pictures)
-    assert result.precision["int8"] >= 4 and result.graph(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+    assert result.precision["int8"] >= 4 and result.graph(classifier_interface((8, 8))).shape == (2, 5)
 
 
 class Returning(torch.nn.Module):

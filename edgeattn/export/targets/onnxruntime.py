@@ -30,8 +30,10 @@ class OnnxRuntimeTarget:
         folder.mkdir(exist_ok=True)
         options = f"{self.name}/{variant}.json"
         (draft.folder / options).write_text(json.dumps(settings, indent=2) + "\n")
-        model = draft.onnx[variant]
-        entry = ArtifactEntry(target=self.name, variant=variant, model=model, files=[model, options], settings=settings)
+        files = [path.relative_to(draft.folder).as_posix() for path in draft.files(variant)]
+        entry = ArtifactEntry(
+            target=self.name, variant=variant, model=files[0], files=[*files, options], settings=settings
+        )  # fmt: skip
         return Artifact(draft.folder, entry)
 
 

@@ -11,11 +11,17 @@ from typing import Any
 import onnx
 from onnx.inliner import inline_local_functions
 
+from edgeattn.data.interface import BATCH, TensorSpec
 from edgeattn.errors import UnsupportedOp
 from edgeattn.export.target import Artifact, Draft
 from edgeattn.ops.registry import DOMAIN
 from edgeattn.runtime.bundle import ArtifactEntry, Variant
 from edgeattn.runtime.openvino_session import import_openvino
+
+
+def _static(spec: TensorSpec) -> list[int]:
+    """The input's shape with a batch of one; other free axes stay free (-1)."""
+    return [side if isinstance(side, int) else 1 if side == BATCH else -1 for side in spec.shape]
 
 
 class OpenVinoTarget:
@@ -26,16 +32,20 @@ class OpenVinoTarget:
     def compile(self, draft: Draft, variant: Variant, profile: Mapping[str, Any] | None = None) -> Artifact:
         """Write `openvino/VARIANT.xml` and `.bin`; weights keep their precision (int8 stays int8, float32 float32)."""
         openvino = import_openvino()
-        model = onnx.load(draft.folder / draft.onnx[variant])
+        path = draft.folder / draft.onnx[variant]
+        model = onnx.load(path, load_external_data=False)
         custom_nodes = sum(node.domain == DOMAIN for node in model.graph.node)
+        size = sum(file.stat().st_size for file in draft.files(variant))
         try:
-            converted = openvino.Core().read_model(inline_local_functions(model).SerializeToString())
-            converted.reshape([1, *draft.input_shape])
+            # What has functions to inline is small; gigabytes of external weights are read from their file.
+            source = inline_local_functions(onnx.load(path)).SerializeToString() if custom_nodes else str(path)
+            converted = openvino.Core().read_model(source)
+            converted.reshape({spec.name: _static(spec) for spec in draft.interface.inputs})
         except RuntimeError as error:
             raise UnsupportedOp(f"OpenVINO {openvino.__version__} cannot convert the model: {error}") from error
         (draft.folder / self.name).mkdir(exist_ok=True)
         xml = f"{self.name}/{variant}.xml"
-        self._save(openvino, converted, draft.folder / xml, model.ByteSize())
+        self._save(openvino, converted, draft.folder / xml, size)
         settings = {
             "inference_precision_hint": "f32", "custom_nodes": custom_nodes, "threads": (profile or {}).get("threads"),
         }  # fmt: skip
