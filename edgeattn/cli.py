@@ -42,11 +42,14 @@ BundlePath = Annotated[Path, typer.Argument(help="Folder written by `edgeattn ex
 def models_command(
     pattern: str = typer.Argument("*", help="Shell pattern, e.g. 'efficientvit_*'."), as_json: Json = False
 ) -> None:
-    """List the models of the zoo."""
-    from edgeattn import list_models
+    """The models of the zoo: size, cost, published accuracy, licence and place of the official weights."""
+    from edgeattn.models.catalog import matching
 
-    names = list_models(pattern)
-    _print(names, as_json, lambda: "\n".join(names))
+    entries = matching(pattern)
+    if as_json:
+        _print([entry.to_dict() for entry in entries], True, None)
+    else:
+        _print_models(entries)
 
 
 @app.command("export")
@@ -54,7 +57,11 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`) or package.module:callable.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the bundle to.")],
     weights: Annotated[
-        str | None, typer.Option(help="Checkpoint: .pth or .safetensors, official or timm names.")
+        str | None,
+        typer.Option(
+            help="Checkpoint: .pth or .safetensors, official or timm names; https://...#sha256=HEX, hf-hub:OWNER/NAME, "
+            "timm:NAME, or `official`."
+        ),
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Export an untrained model (latency only).")
@@ -66,6 +73,11 @@ def export_command(
         int | None, typer.Option(min=1, help="Re-initialise the head for this many classes.")
     ] = None,
     img_size: Annotated[str | None, typer.Option(help="Input side, or HEIGHTxWIDTH, in pixels.")] = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave height and width free, in steps of 32 (SHViT, CARE).")
+    ] = False,
+    heads: Annotated[str | None, typer.Option(help="VGGT: some of camera,depth,point,track; all by default.")] = None,
+    views: Annotated[str | None, typer.Option(help="VGGT: number of views, or `dynamic` (the default).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
@@ -80,11 +92,14 @@ def export_command(
         )
     if out.exists() and not overwrite:
         raise UsageError(f"output {out} exists; choose another folder, or pass --overwrite to replace it.")
-    module = create_model(model, weights=weights, num_classes=num_classes, img_size=_size(img_size))
     with _progress() as progress:
+        module = create_model(
+            model, weights=weights, num_classes=num_classes, img_size=_size(img_size), progress=progress
+        )
+        module = _for_export(module, heads, views)
         bundle = export(
             module, target or ["onnxruntime"], out, recipe=quant, data=calib,
-            overwrite=overwrite, skip_bad=skip_bad, progress=progress,
+            dynamic_size=dynamic_size, overwrite=overwrite, skip_bad=skip_bad, progress=progress,
         )  # fmt: skip
     _print(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
 
@@ -178,16 +193,42 @@ def train_command(
     img_size: Annotated[int, typer.Option(min=16)] = 112,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
     seed: int = 20261120,
+    config: Annotated[
+        str, typer.Option(help="Architecture overrides as JSON, for a narrower model: '{\"embed_dim\": 32}'.")
+    ] = "{}",
     as_json: Json = False,
 ) -> None:
     """Train a classifier (AdamW, one-cycle cosine, label smoothing, flips, EMA); resumes after a kill."""
     from edgeattn.quant.training import TrainConfig, train
 
-    config = TrainConfig(
-        model, img_size=img_size, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )
-    record = train(config, data, val, out, lambda line: typer.echo(json.dumps(line), err=True))
+    settings = TrainConfig(
+        model, img_size=img_size, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        model_config=_json_object(config, "--config"),
+    )  # fmt: skip
+    record = train(settings, data, val, out, lambda line: typer.echo(json.dumps(line), err=True))
     _print(record, as_json, lambda: f"{out / 'model.safetensors'}: top-1 {100 * record['val_top1']:.2f} % on {val}")
+
+
+def _for_export(module: Any, heads: str | None, views: str | None) -> Any:
+    """The model with what --heads and --views ask for."""
+    if not hasattr(module, "for_export"):
+        if heads is not None or views is not None:
+            raise UsageError(f"--heads and --views are for vggt; {module.name} has neither. Leave them out.")
+        return module
+    if views not in (None, "dynamic") and not str(views).isdigit():
+        raise UsageError(f"--views {views}: expected a number of views, or dynamic.")
+    names = None if heads is None else [name.strip() for name in heads.split(",")]
+    return module.for_export(names, None if views in (None, "dynamic") else int(str(views)))
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{option} is not JSON: {error}. Example: {option} '{{\"embed_dim\": 32}}'.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{option} is {text}; expected a JSON object of architecture arguments.")
+    return value
 
 
 @app.command("doctor")
@@ -241,6 +282,42 @@ def _print_result(result: Any, as_json: bool) -> None:
         _print_table(summary_rows(result))
         typer.echo("\n".join(filter(None, [f"verdict: {result.verdict}" if result.verdict else "", result.message])))
     raise typer.Exit(result.exit_code)
+
+
+def _print_models(entries: list[Any], width: int | None = None) -> None:
+    """One table per set of weights, under a line that says what is the same for all of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgeattn.models.catalog import OBTAIN
+
+    console = Console(width=width if width or sys.stdout.isatty() else 120, highlight=False)
+    longest = max(len(entry.name) for entry in entries)
+    console.width = max(console.width, longest + 36)  # on anything narrower the terminal wraps; rich would cut off
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for entry in entries:
+        groups.setdefault((entry.family, entry.paper, entry.licence or "", entry.obtain, entry.page), []).append(entry)
+    for (family, paper, licence, obtain, page), variants in groups.items():
+        console.print(f"\n[bold]{family}[/bold] (arXiv {paper}), {page}", soft_wrap=True)
+        how = OBTAIN[obtain].format(hub=variants[0].hub)
+        console.print(f"official weights: {', '.join(filter(None, [licence, how]))}", soft_wrap=True)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table.add_column("variant", no_wrap=True, min_width=longest)
+        for name in ("params", "MACs"):
+            table.add_column(name, justify="right", no_wrap=True, min_width=6)
+        table.add_column("input", no_wrap=True, min_width=7)
+        table.add_column("published" if variants[0].top1 is None else "top-1", overflow="fold")
+        for entry in variants:
+            height, broad = entry.input_size
+            table.add_row(entry.name, _si(entry.parameters), _si(entry.macs), f"{height}x{broad}", entry.published)
+        console.print(table)
+
+
+def _si(number: float) -> str:
+    """Three digits and a prefix: 2.35 M."""
+    power = max(p for p in (0, 3, 6, 9, 12) if number >= 10**p or p == 0)
+    value = number / 10**power
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {' kMGT'[power // 3]}".rstrip()
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

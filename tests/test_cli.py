@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from edgeattn import cli
+from edgeattn import cli, create_model, list_models
+from edgeattn.models.catalog import matching
 from tests.conftest import CALIB, VAL, WEIGHTS
 
 
@@ -199,6 +200,61 @@ def test_unknown_recipe_key(edgeattn, tmp_path):
     (tmp_path / "r.yaml").write_text("name: mine\nactivation: {}\n")
     code, _, error = edgeattn(*export_arguments(tmp_path / "out", **{"--quant": tmp_path / "r.yaml"}))
     assert code == 2 and "unknown key 'activation', did you mean 'activations'" in error and clean(tmp_path)
+
+
+def test_models_table_and_json(edgeattn):
+    code, out, _ = edgeattn("models")
+    assert code == 0 and all(name in out for name in list_models())
+    code, out, _ = edgeattn("models", "deit_tiny")
+    row = next(line for line in out.splitlines() if line.startswith("deit_tiny"))
+    assert row.split() == ["deit_tiny", "5.72", "M", "1.25", "G", "224x224", "72.2", "%"]
+    assert "DeiT (arXiv 2012.12877), https://" in out and "official weights: Apache-2.0, --weights official" in out
+    code, out, _ = edgeattn("models", "dit_*", "--json")
+    (largest,) = (entry for entry in json.loads(out) if entry["name"] == "dit_xl_2")
+    assert largest["parameters"] == 675_129_632 and largest["licence"] == "CC BY-NC 4.0" and largest["top1"] is None
+    assert largest["input_size"] == [32, 32] and largest["url"].endswith("DiT-XL-2-256x256.pt")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_models_table_loses_nothing_in_a_narrow_terminal(capsys, width):
+    entries = matching("[dv]*")
+    cli._print_models(entries, width)
+    lines = capsys.readouterr().out.splitlines()
+    for entry in entries:
+        row = next(line for line in lines if line.split()[:1] == [entry.name])
+        assert f"{entry.input_size[0]}x{entry.input_size[1]}" in row and "…" not in row
+        assert len(row.rstrip()) <= max(width, 59)
+
+
+def test_models_needs_no_torch():
+    script = "import sys; sys.argv = ['edgeattn', 'models']; from edgeattn import cli\ntry: cli.main()\n"
+    script += "finally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_models_that_do_not_exist(edgeattn):
+    code, _, error = edgeattn("models", "efficentvit_*")
+    assert code == 2 and "no model matches 'efficentvit_*': did you mean efficientvit_m" in error
+
+
+@pytest.mark.parametrize(
+    "weights, said",
+    [
+        ("https://example.org/w.pth", "Pass 'https://example.org/w.pth#sha256=DIGEST'"),
+        ("official", "the SHA-256 of this file is not known"),
+        ("hf-hub:net", "expected hf-hub:OWNER/NAME"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(edgeattn, tmp_path, weights, said):
+    code, out, error = edgeattn(*export_arguments(tmp_path / "out", **{"--weights": weights}), "--json")
+    assert code == 2 and said in error and clean(tmp_path) and json.loads(out)["error"] == "CheckpointError"
+
+
+def test_weights_of_another_model(edgeattn, tmp_path):
+    torch.save(create_model("efficientvit_m1").state_dict(), tmp_path / "m1.pth")
+    code, _, error = edgeattn(*export_arguments(tmp_path / "out", **{"--weights": tmp_path / "m1.pth"}))
+    assert code == 2 and "These weights fit 'efficientvit_m1': use that name." in error and clean(tmp_path)
 
 
 def test_doctor_names_the_missing_plugin_and_the_fix(edgeattn, monkeypatch):

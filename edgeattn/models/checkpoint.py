@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +16,72 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgeattn.errors import CheckpointError, MissingDependency, NumericError
+from edgeattn.errors import CheckpointError, NumericError
 
 logger = logging.getLogger(__name__)
 
-_WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema")
+_WRAPPERS = ("ema", "model", "state_dict_ema", "state_dict", "model_ema")
 METADATA_KEY = "edgeattn"
-_HUB_PREFIXES = ("hf-hub:", "timm:")
-
-
-def _from_hub(spec: str) -> Path:
-    """A file of a hub repository: `hf-hub:OWNER/NAME` (model.safetensors) or `hf-hub:OWNER/NAME/FILE`; `timm:NAME`.
-
-    Raises:
-        MissingDependency: huggingface_hub is not installed. CheckpointError: it cannot be fetched; the reason is kept.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingDependency(f"weights {spec!r} need huggingface_hub: pip install 'edgeattn[hub]'.") from error
-    kind, _, rest = spec.partition(":")
-    parts = (f"timm/{rest}" if kind == "timm" else rest).split("/")
-    if len(parts) < 2:
-        raise CheckpointError(f"weights {spec!r}: expected hf-hub:OWNER/NAME, hf-hub:OWNER/NAME/FILE or timm:NAME.")
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:]) or "model.safetensors"
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, name))
-    except Exception as error:  # network, authorisation, no such repository or file: many classes, one meaning here
-        raise CheckpointError(
-            f"cannot fetch {name} of {repository} from the hub: {error}. Download it elsewhere and pass its path."
-        ) from error
+_MAPPED_BYTES = 16 << 20
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a file and the metadata that edgeattn wrote into it (empty for foreign files).
 
-    `hf-hub:` and `timm:` ids are fetched first. `.safetensors` is read as such, everything else with torch's
-    weights-only unpickler. A top-level `model`, `state_dict` or `state_dict_ema` entry is unwrapped and a `module.`
-    prefix removed.
+    `.safetensors` is read as such, everything else with torch's weights-only unpickler. A top-level `model`,
+    `state_dict` or `state_dict_ema` entry is unwrapped and a `module.` prefix removed. Nothing else in the file (an
+    optimizer's state) is held in memory, where the file's format allows.
 
     Raises:
         CheckpointError: missing, truncated, corrupt, or a pickle that asks to run code.
     """
-    path = _from_hub(str(path)) if str(path).startswith(_HUB_PREFIXES) else Path(path)
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist or is not a file; expected .pth, .pt or .safetensors.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _unwrap(_read_pickle(path), path), {}
+    if not zipfile.is_zipfile(path):  # torch's format before 1.6, or damaged: cannot be mapped
+        return _unwrap(_read_pickle(path, mapped=False), path), {}
+    return _own_copies(lambda: _unwrap(_read_pickle(path, mapped=True), path)), {}
+
+
+def _own_copies(open_state: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies of tensors that `open_state` maps from a file, at most an eighth of them mapped and copied at a time.
+
+    Mapped tensors themselves will not do as weights: saving over the file would change or kill the model. Pages of the
+    file that were read count as memory of this process until they are unmapped, so the file is opened several times.
+    """
+    mapped = open_state()
+    limit = max(_MAPPED_BYTES, sum(value.nbytes for value in mapped.values()) // 8)
+    copies: dict[str, Tensor] = {}
+    read = 0
+    for key in list(mapped):
+        copies[key] = mapped[key].clone(memory_format=torch.contiguous_format)
+        read += copies[key].nbytes
+        if read > limit:
+            mapped, read = {}, 0
+            mapped = open_state()
+    return copies
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
+        state = _own_copies(lambda: _map_safetensors(path))
         with safetensors.safe_open(path, framework="pt") as handle:
-            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
             metadata = (handle.metadata() or {}).get(METADATA_KEY)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} as safetensors: {error}. Is it complete? Copy it again.") from error
     return state, json.loads(metadata) if metadata else {}
 
 
-def _read_pickle(path: Path) -> Any:
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _read_pickle(path: Path, mapped: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         text = str(error)
         if (
@@ -109,7 +113,9 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a state dict (names to tensors).")
-    state = {str(key).removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    state = {
+        str(key).removeprefix("module."): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)
+    }
     if not state:
         raise CheckpointError(
             f"{path} holds no tensors (keys: {', '.join(map(str, list(loaded)[:5])) or 'none'}); expected a state dict."
@@ -117,36 +123,76 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_state(model: torch.nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Load `state` strictly after converting timm names and fitting bias tables; returns one line per thing changed.
+def load_state(model: torch.nn.Module, state: dict[str, Tensor], where: str, name: str | None = None) -> list[str]:
+    """Load `state` strictly after converting timm names and fitting tables; returns one line per thing changed.
+
+    Empties `state` on the way, so that tensors which are converted are not held twice.
+
+    Args:
+        where: the file, for messages.
+        name: the zoo's name of the model. The tensors then become its parameters, otherwise they are copied into them.
 
     Raises:
         CheckpointError: keys are missing, unexpected or mis-shaped; all are named.
         NumericError: a weight holds NaN or infinity; its key is named.
     """
     convert = getattr(model, "from_timm_key", lambda key: key)
-    state = {convert(key): value for key, value in state.items()}
+    shapes = {key: value.shape for key, value in state.items()}
+    given = {convert(key): state.pop(key) for key in list(state)}
     own, notes = model.state_dict(), []
+    for part in getattr(model, "absent_parts", ()):
+        spare = [key for key in given if key.startswith(f"{part}.")]
+        if spare:
+            notes.append(f"{len(spare)} weights of {part} left out: the model was built without it")
+        for key in spare:
+            del given[key]
     for key in sorted(getattr(model, "derived_keys", set)()):
-        state.setdefault(key, own[key])
-    for key, value in list(state.items()):
+        given.setdefault(key, own[key])
+    for key, value in list(given.items()):
         if key in own and value.shape != own[key].shape:
-            fitted = _fit_shape(key, value, own[key])
+            fitted = fit_shape(model, key, value, own[key])
             if fitted is not None:
-                state[key], note = fitted
+                given[key], note = fitted
                 notes.append(note)
-    _check_keys(state, own, where)
-    for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise NumericError(
-                f"{where}: weight {key} holds {bad} NaN or infinite value(s) of {value.numel()}. "
-                "The training that made it diverged, or the file is damaged; use another checkpoint."
-            )
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()}, strict=True)
+    _check_keys(given, own, where, shapes, name)
+    ready = {key: _ready(key, given.pop(key), own[key], where) for key in list(given)}
+    has_ties = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
+    assign = name is not None and not has_ties
+    if assign:
+        _separate(ready)
+    model.load_state_dict(ready, strict=True, assign=assign)
     for note in notes:
         logger.warning(note)
     return notes
+
+
+def _ready(key: str, value: Tensor, own: Tensor, where: str) -> Tensor:
+    """`value` as the model needs it: of its type, on its device, finite."""
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        bad = int((~torch.isfinite(value)).sum())
+        raise NumericError(
+            f"{where}: weight {key} holds {bad} NaN or infinite value(s) of {value.numel()}. "
+            "The training that made it diverged, or the file is damaged; use another checkpoint."
+        )
+    return value.to(own.device, own.dtype).contiguous()
+
+
+def _separate(state: dict[str, Tensor]) -> None:
+    """Give every tensor memory of its own: two names of one tensor in a file are two parameters of the model."""
+    seen: set[int] = set()
+    for key, value in state.items():
+        if value.untyped_storage().data_ptr() in seen:
+            state[key] = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+
+
+def fit_shape(model: torch.nn.Module, key: str, value: Tensor, own: Tensor) -> tuple[Tensor, str] | None:
+    """`value` made to fit `own`, where the architecture says how, and a line that says what was done."""
+    fitted = _fit_shape(key, value, own)
+    architecture: Any = getattr(model, "fit_tensor", None)
+    if fitted is None and architecture is not None:
+        fitted = architecture(key, value)
+    return fitted if fitted is not None and fitted[0].shape == own.shape else None
 
 
 def _fit_shape(key: str, value: Tensor, own: Tensor) -> tuple[Tensor, str] | None:
@@ -168,21 +214,27 @@ def _fit_shape(key: str, value: Tensor, own: Tensor) -> tuple[Tensor, str] | Non
     )
 
 
-def _check_keys(state: dict[str, Tensor], own: dict[str, Tensor], where: str) -> None:
+def _check_keys(
+    state: dict[str, Tensor],
+    own: dict[str, Tensor],
+    where: str,
+    shapes: dict[str, torch.Size],
+    name: str | None,
+) -> None:
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
-    shapes = [
+    misshaped = [
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
     problems = [
         f"{len(found)} {what}: {'; '.join(found[:8])}{' ...' if len(found) > 8 else ''}"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
         if found
     ]
     if problems:
-        raise CheckpointError(
-            f"{where} does not fit the model. " + ". ".join(problems) + ". "
-            "Check that the model name, num_classes and img_size are those the checkpoint was trained with."
-        )
+        # Here, because what it imports imports this module.
+        from edgeattn.models.identify import advice
+
+        raise CheckpointError(f"{where} does not fit the model. {'. '.join(problems)}. {advice(shapes, name)}")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import CheckpointError, UsageError
-from edgeattn.models import checkpoint, registry
+from edgeattn.models import checkpoint, registry, sources
+from edgeattn.models.identify import advice
 
 logger = logging.getLogger(__name__)
+
+_FILLERS = (
+    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
+    "orthogonal_", "sparse_",
+)  # fmt: skip
 
 
 def create_model(
@@ -23,6 +32,7 @@ def create_model(
     weights: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     img_size: int | Sequence[int] | None = None,
+    progress: sources.Progress | None = None,
     **config: Any,
 ) -> torch.nn.Module:
     """Build a model of the zoo, or call `module:callable`, and load a checkpoint strictly.
@@ -32,29 +42,45 @@ def create_model(
 
     Args:
         name: a name from `list_models()`, or `package.module:callable`.
-        weights: path of a `.pth` or `.safetensors` file, official or timm names; or a hub id (`hf-hub:`, `timm:`).
+        weights: path of a `.pth` or `.safetensors` file, official or timm names; or what `sources.locate` fetches: an
+            address with its digest, a hub id (`hf-hub:`, `timm:`), `official`.
         num_classes: None takes the checkpoint's; another number re-initialises the head, which is noted.
         img_size: input side or (height, width) in pixels; None takes the checkpoint's, else the model's default.
+        progress: called with ("download", bytes so far, bytes in all) if the weights have to be fetched.
         config: overrides of the architecture's own arguments.
 
     Raises:
         UsageError: unknown name, key or size. CheckpointError: the file does not fit. NumericError: NaN in weights.
     """
-    state, metadata = checkpoint.read_checkpoint(weights) if weights is not None else ({}, {})
+    state: dict[str, torch.Tensor] = {}
+    metadata: dict[str, Any] = {}
+    where = str(weights)
+    if weights is not None:
+        path = sources.locate(weights, name, progress=progress)
+        state, metadata = checkpoint.read_checkpoint(path)
+        where = str(path) if weights == sources.OFFICIAL else where
     if metadata and metadata.get("model") not in (None, name):
-        raise CheckpointError(f"{weights} was written for {metadata['model']!r}, not {name!r}; name that model.")
+        raise CheckpointError(f"{where} was written for {metadata['model']!r}, not {name!r}; name that model.")
     chosen: dict[str, Any] = {**metadata.get("config", {}), **config}
     if img_size is not None:
         chosen["img_size"] = img_size
     stored_classes = _head_classes(state)
     if num_classes is not None or stored_classes is not None:
         chosen["num_classes"] = num_classes if num_classes is not None else stored_classes
-    model = _call(name, chosen)
+    is_new_head = stored_classes not in (None, chosen.get("num_classes"))
+    try:
+        # Weights that the checkpoint replaces anyway need no random values; those of a new head do.
+        with _unfilled() if state and ":" not in name and not is_new_head else contextlib.nullcontext():
+            model = _call(name, chosen)
+    except UsageError as error:
+        if num_classes is None and "'num_classes'" in str(error):
+            raise _not_a_classifier(name, state, where) from error
+        raise
     notes: list[str] = []
     if state:
-        if stored_classes not in (None, chosen.get("num_classes")):
+        if is_new_head:
             notes.append(_keep_new_head(model, state, stored_classes))
-        notes += checkpoint.load_state(model, state, str(weights))
+        notes += checkpoint.load_state(model, state, where, None if ":" in name else name)
     _attach(model, name, chosen, metadata, img_size)
     model.notes = notes  # type: ignore[assignment]
     return model.eval()
@@ -76,8 +102,47 @@ def _call(name: str, chosen: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
+def _not_a_classifier(name: str, state: dict[str, torch.Tensor], where: str) -> CheckpointError:
+    shapes = {key: value.shape for key, value in state.items()}
+    return CheckpointError(f"{where} holds a classifier, which {name!r} is not. {advice(shapes, name)}")
+
+
+@contextlib.contextmanager
+def _unfilled() -> Iterator[None]:
+    """Building a model in this block leaves its weights uninitialised: that touches no memory and takes no time.
+
+    torch.nn.init has no switch for one thread, so its random fillers are replaced for as long as any thread is here, by
+    ones that do nothing in the threads that are.
+    """
+    with _unfilled_lock:
+        _unfilled_threads.append(threading.get_ident())
+        if len(_unfilled_threads) == 1:
+            for name in _FILLERS:
+                setattr(torch.nn.init, name, _unless_unfilled(getattr(torch.nn.init, name)))
+    try:
+        yield
+    finally:
+        with _unfilled_lock:
+            _unfilled_threads.remove(threading.get_ident())
+            if not _unfilled_threads:
+                for name in _FILLERS:
+                    setattr(torch.nn.init, name, getattr(torch.nn.init, name).__wrapped__)
+
+
+_unfilled_lock = threading.Lock()
+_unfilled_threads: list[int] = []
+
+
+def _unless_unfilled(filler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(filler)
+    def fill(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return tensor if threading.get_ident() in _unfilled_threads else filler(tensor, *args, **options)
+
+    return fill
+
+
 def _head_classes(state: dict[str, torch.Tensor]) -> int | None:
-    for key in ("head.l.weight", "head.linear.weight", "head.weight"):
+    for key in ("head.l.weight", "head.linear.weight", "head.fc.weight", "head.weight"):
         if key in state:
             return int(state[key].shape[0])
     return None

@@ -1,18 +1,13 @@
-import http.server
-import io
 import os
 import pickle
 import re
-import subprocess
-import sys
-import threading
 
 import pytest
 import safetensors.torch
 import torch
 
 from edgeattn import create_model
-from edgeattn.errors import CheckpointError, MissingDependency, NumericError, UsageError
+from edgeattn.errors import CheckpointError, NumericError, UsageError
 from tests.conftest import TINY, WEIGHTS, randomize
 
 
@@ -148,55 +143,6 @@ def test_shipped_weights_carry_their_classes_and_preprocessing():
     assert model.class_names[:2] == ("AnnualCrop", "Forest") and model.preprocessing.size == (112, 112)
     with pytest.raises(CheckpointError, match="written for 'efficientvit_m0', not 'efficientvit_m1'"):
         create_model("efficientvit_m1", weights=WEIGHTS)
-
-
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """What the hub's client asks of a server: metadata in the headers of HEAD, then the file."""
-
-    def send_head(self):
-        prefix = "/someone/net/resolve/main/"
-        data = WEIGHTS.read_bytes() if self.path == f"{prefix}model.safetensors" else None
-        self.send_response(200 if data else 404)
-        for name, value in {"ETag": '"1"', "X-Repo-Commit": "a" * 40, "Content-Length": len(data or b"")}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        return io.BytesIO(data or b"")
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
-    server.shutdown()
-
-
-@pytest.mark.parametrize("weights, said", [("hf-hub:someone/net", "10"), ("hf-hub:someone/none", "cannot fetch")])
-def test_weights_from_a_hub(hub, weights, said):
-    pytest.importorskip("huggingface_hub", reason="extra [hub] is not installed")
-    # The client reads its endpoint once, at import: a process of its own.
-    script = (
-        "import edgeattn, sys\n"
-        f"try: print(edgeattn.create_model('efficientvit_m0', weights={weights!r}).num_classes)\n"
-        "except edgeattn.errors.CheckpointError as e: print(e)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], env=hub, capture_output=True, text=True, timeout=120)
-    assert said in done.stdout, done.stderr
-
-
-def test_hub_ids_need_an_owner():
-    pytest.importorskip("huggingface_hub", reason="extra [hub] is not installed")
-    with pytest.raises(CheckpointError, match="expected hf-hub:OWNER/NAME"):
-        reload("hf-hub:net")
-
-
-def test_missing_hub_client_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'edgeattn\[hub\]'"):
-        reload("timm:efficientvit_m0")
 
 
 def test_unknown_model_suggests_near_names():
