@@ -1,5 +1,6 @@
 """The commands as a user types them, good and bad input, exit codes and messages."""
 
+import functools
 import json
 import os
 import pickle
@@ -272,7 +273,9 @@ def test_missing_openvino_is_exit_code_3(edgeattn, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_interrupt_in_mid_export_leaves_nothing(tmp_path, how):
     command = [sys.executable, "-m", "edgeattn", *map(str, export_arguments(tmp_path / "out"))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a shell ignores SIGINT, and so would its child.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while clean(tmp_path) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -13,25 +13,32 @@ Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".forma
 
 | | name | shape | type |
 | --- | --- | --- | --- |
-{% for t in m.inputs -%}
+{% for t in m.inputs %}
 | input | `{{ t.name }}` | {{ t.shape | join(" x ") }} | {{ t.dtype }} |
-{% endfor -%}
-{% for t in m.outputs -%}
+{% endfor %}
+{% for t in m.outputs %}
 | output | `{{ t.name }}` | {{ t.shape | join(" x ") }} | {{ t.dtype }} |
 {% endfor %}
 
 | target | variant | model | settings |
 | --- | --- | --- | --- |
-{% for a in m.artifacts -%}
+{% for a in m.artifacts %}
 | {{ a.target }} | {{ a.variant }} | `{{ a.model }}` | {% for k, v in a.settings.items() %}{{ k }}={{ v }} {% endfor %}|
 {% endfor %}
-Compute nodes by precision: {% for k, v in m.precision.items() %}{{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %}.
-{% if m.calibration -%}
-Calibrated on {{ m.calibration["images"] }} pictures of `{{ m.calibration["source"] }}`
-(SHA-256 of their pixels {{ m.calibration["sha256"][:16] }}), observer {{ m.calibration["observer"]["method"] }}.
-{%- else -%}
-Not calibrated: floating point throughout.
-{%- endif %}
+
+{% for variant, counts in m.nodes.items() %}
+- ONNX nodes, {{ variant }}: {{ counts.values() | sum }} (\
+{%- for k, v in counts.items() %}{{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %})
+{% endfor %}
+- Compute nodes by precision: \
+{%- for k, v in m.precision.items() %} {{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %}
+
+{% if m.calibration %}
+- Calibrated on {{ m.calibration["images"] }} pictures of `{{ m.calibration["source"] }}`
+  (SHA-256 of their pixels {{ m.calibration["sha256"][:16] }}), observer {{ m.calibration["observer"]["method"] }}.
+{% else %}
+- Not calibrated: floating point throughout.
+{% endif %}
 
 ## Run it
 
@@ -45,6 +52,7 @@ Not calibrated: floating point throughout.
     session = bundle.open_session("{{ m.artifacts[0].target }}", "{{ m.artifacts[0].variant }}")
     outputs = session.run(bundle.golden().inputs)
 {% endif %}
+
 ## Check it
 
     edgeattn verify .                  # digests and golden outputs
@@ -54,13 +62,16 @@ Not calibrated: floating point throughout.
     edgeattn bench .                   # latency and placement
 {% endif %}
 
-Results are appended to `results.jsonl`. {% if m.class_names %}Classes: {{ m.class_names | join(", ") }}.{% endif %}
+Results are appended to `results.jsonl`.\
+{% if m.class_names %} Classes: {{ m.class_names | join(", ") }}.{% endif %}
+
 
 ## Choices made for you
 
-{% for note in m.notes -%}
+{% for note in m.notes %}
 - {{ note }}
-{% endfor %}"""
+{% endfor %}
+"""
 
 
 def model_card(manifest: Manifest) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -44,14 +46,22 @@ def to_onnx(graph: nn.Module, interface: Interface, opset: int | None = None) ->
     program = _program(graph, interface)
     opset = opset or (ATTENTION_OPSET if _has_attention(program) else OPSET)
     model: onnx.ModelProto = _exported(program, interface, opset).model_proto
-    _complete(model, opset)
+    _complete(model, opset, _axis_names(program, interface))
     _check_finite(model)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def save_onnx(graph: nn.Module, interface: Interface, path: Path) -> dict[str, int]:
-    """Write `to_onnx` to a file; returns the number of nodes by op type.
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What `save_onnx` wrote: number of nodes by op type, and the shapes of the outputs with the names of free axes."""
+
+    nodes: dict[str, int]
+    shapes: dict[str, list[int | str]]
+
+
+def save_onnx(graph: nn.Module, interface: Interface, path: Path) -> Written:
+    """Write `to_onnx` to a file.
 
     A model beyond protobuf's limit of 2 GB keeps its weights in `PATH.data` beside it and is never held in memory
     as a whole a second time.
@@ -65,10 +75,15 @@ def save_onnx(graph: nn.Module, interface: Interface, path: Path) -> dict[str, i
         opset = ATTENTION_OPSET if _has_attention(program) else OPSET
         _exported(program, interface, opset).save(path, external_data=True)
         model = onnx.load(path, load_external_data=False)
-        _complete(model, opset)
+        _complete(model, opset, _axis_names(program, interface))
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path), full_check=True)
-    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+    shapes = {value.name: _shape(value) for value in model.graph.output}
+    return Written(dict(Counter(node.op_type for node in model.graph.node).most_common()), shapes)
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
 
 
 def _check_state_finite(state: Mapping[str, Any]) -> None:
@@ -107,8 +122,25 @@ def _exported(program: torch.export.ExportedProgram, interface: Interface, opset
     return exported
 
 
-def _complete(model: onnx.ModelProto, opset: int) -> None:
-    """Make the exporter's model ours: no traces of its source, functions for our ops, the oldest fitting IR version."""
+def _axis_names(program: torch.export.ExportedProgram, interface: Interface) -> dict[str, str]:
+    """The tracer's symbols of free axes to the interface's names; an axis in steps has the symbol of the steps."""
+    given = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    names: dict[str, str] = {}
+    for spec, name in zip(interface.inputs, program.graph_signature.user_inputs, strict=True):
+        for axis, side in zip(spec.shape, given[str(name)].shape, strict=True):
+            found = re.fullmatch(r"(\d+\*)?(s\d+)", str(side))
+            if found and isinstance(axis, str):
+                names[found[2]] = f"{axis}_steps" if found[1] else axis
+    return names
+
+
+def _complete(model: onnx.ModelProto, opset: int, axes: dict[str, str]) -> None:
+    """Make the exporter's model ours: no traces of its source, functions for our ops, the oldest fitting IR version,
+    free axes called by the interface's names everywhere."""
+    for value in (*model.graph.value_info, *model.graph.output):
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param:
+                side.dim_param = re.sub(r"\bs\d+\b", lambda m: axes.get(m[0], m[0]), side.dim_param)
     model.ir_version = _IR_VERSION[opset >= ATTENTION_OPSET]
     _strip(model)
     _attach_functions(model, opset)

@@ -22,7 +22,7 @@ from edgeattn.data.interface import BATCH, IMAGE, RELATIVE_TOLERANCE
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import GateFailed, NumericError, UsageError
 from edgeattn.export.model_card import model_card
-from edgeattn.export.onnx_model import save_onnx
+from edgeattn.export.onnx_model import Written, save_onnx
 from edgeattn.export.target import Artifact, Draft, get_target
 from edgeattn.quant.graph import first_nonfinite
 from edgeattn.quant.quantize import Progress, QuantizedModel, quantize
@@ -87,11 +87,11 @@ def export(
         variants: list[Variant] = ["float32"] if quantized.recipe.is_float else ["float32", "quantized"]
         golden, tolerance = _golden(quantized, source, variants)
         golden.write(folder / GOLDEN)
-        nodes: dict[str, dict[str, int]] = {}
+        written: dict[str, Written] = {}
         for i, variant in enumerate(variants):
             _report(progress, "onnx", i, len(variants))
             graph = quantized.float_graph if variant == "float32" else quantized.graph
-            nodes[variant] = save_onnx(graph, quantized.interface, folder / _ONNX[variant])
+            written[variant] = save_onnx(graph, quantized.interface, folder / _ONNX[variant])
         draft = Draft(folder, _ONNX, quantized.interface)
         artifacts: list[Artifact] = []
         for target in chosen.values():
@@ -103,10 +103,11 @@ def export(
         if source is None or not quantized.interface.is_classifier:
             notes.append("golden inputs are synthetic: no pictures were given")
         facts = {
-            "golden_tolerance": tolerance, "nodes": nodes, "notes": notes,
+            "golden_tolerance": tolerance, "nodes": {variant: model.nodes for variant, model in written.items()},
+            "outputs": [TensorEntry(name=n, shape=s) for n, s in written["float32"].shapes.items()], "notes": notes,
             "device_profile": dict(profile) if profile else None,
         }  # fmt: skip
-        _write_manifest(folder, quantized, golden, artifacts, facts)
+        _write_manifest(folder, quantized, artifacts, facts)
         _report(progress, "compile", len(artifacts), len(artifacts))
     return Bundle.open(out)
 
@@ -193,9 +194,7 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
-def _write_manifest(
-    folder: Path, quantized: QuantizedModel, golden: Golden, artifacts: list[Artifact], facts: dict[str, Any]
-) -> None:
+def _write_manifest(folder: Path, quantized: QuantizedModel, artifacts: list[Artifact], facts: dict[str, Any]) -> None:
     (folder / "recipe.lock.yaml").write_text(quantized.recipe.to_yaml())
     is_classifier = quantized.interface.is_classifier
     values: dict[str, Any] = {
@@ -207,9 +206,6 @@ def _write_manifest(
         "task": "classification" if is_classifier else "other",
         "inputs": [
             TensorEntry(name=spec.name, shape=list(spec.shape), dtype=spec.dtype) for spec in quantized.interface.inputs
-        ],
-        "outputs": [
-            TensorEntry(name=name, shape=[BATCH, *value.shape[1:]]) for name, value in golden.outputs["float32"].items()
         ],
         "preprocessing": quantized.preprocessing.to_dict() if quantized.preprocessing else None,
         "postprocessing": "softmax" if is_classifier else None,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from edgeattn.models.registry import register_variants
 from edgeattn.models.sizes import multiple_of
 from edgeattn.ops.hilo_attention import hi_attention, hilo_attention, lo_attention
 
+_SIDE = 2  # of the deformable kernels, and their stride
 Grid = tuple[int, int]  # height and width of the map that a row of tokens stands for
 
 
@@ -145,6 +147,21 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x), grid)
 
 
+class SamplePlaces(nn.Module):
+    """Where the taps of a deformable convolution read, in grid_sample's units and float32 whatever comes in.
+
+    Offsets (B, 8, H/2, W/2), dy and dx tap by tap, to places (B, H, W, 2), x and y.
+    """
+
+    def forward(self, offset: Tensor, grid: Grid) -> Tensor:
+        height, width = grid
+        offset = offset.float().unflatten(1, (_SIDE, _SIDE, 2)).permute(0, 4, 1, 5, 2, 3)
+        offset = offset.flatten(3, 4).flatten(1, 2).flip(-1)
+        size = np.array([width, height], np.float32)
+        still = (2 * np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1) + 1) / size - 1
+        return torch.from_numpy(still).to(offset) + offset * torch.from_numpy(2 / size).to(offset)
+
+
 class DeformableConv(nn.Module):
     """Deformable 2x2 convolution of stride 2 (Dai et al., ICCV 2017, arXiv 1703.06211, section 2.1), no mask.
 
@@ -154,32 +171,21 @@ class DeformableConv(nn.Module):
     (`scripts/compare_deform_conv.py` measures it against ONNX Runtime's standard DeformConv).
     """
 
-    _SIDE = 2
-
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_ch, in_ch, self._SIDE, self._SIDE))
+        self.weight = nn.Parameter(torch.empty(out_ch, in_ch, _SIDE, _SIDE))
         self.bias = nn.Parameter(torch.zeros(out_ch))
-        self.conv_offset = nn.Conv2d(in_ch, 2 * self._SIDE**2, self._SIDE, self._SIDE)
+        self.conv_offset = nn.Conv2d(in_ch, 2 * _SIDE**2, _SIDE, _SIDE)
+        self.places = SamplePlaces()
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         for parameter in self.conv_offset.parameters():
             nn.init.zeros_(parameter)  # starts as an ordinary convolution
 
-    def sample_places(self, offset: Tensor, grid: Grid) -> Tensor:
-        """(B, H, W, 2) places (x, y) in grid_sample's units, float32, from offsets (B, 8, H/2, W/2): dy, dx per tap."""
-        side, (height, width) = self._SIDE, grid
-        offset = offset.float().unflatten(1, (side, side, 2)).permute(0, 4, 1, 5, 2, 3)
-        offset = offset.flatten(3, 4).flatten(1, 2).flip(-1)
-        size = torch.tensor([width, height], dtype=torch.float32)
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        still = (2 * torch.stack([x, y], -1).float() + 1) / size - 1
-        return still.to(offset.device) + offset * (2 / size).to(offset.device)
-
     def forward(self, x: Tensor) -> Tensor:
-        places = self.sample_places(self.conv_offset(x), (x.shape[2], x.shape[3]))
+        places = self.places(self.conv_offset(x), (x.shape[2], x.shape[3]))
         # Places stay float32 under autocast and in half precision: 8 bits of mantissa cannot tell pixels apart.
         sampled = F.grid_sample(x.float(), places, padding_mode="zeros", align_corners=False)
-        return F.conv2d(sampled.to(x.dtype), self.weight, self.bias, stride=self._SIDE)
+        return F.conv2d(sampled.to(x.dtype), self.weight, self.bias, stride=_SIDE)
 
 
 class PatchMerging(nn.Module):

@@ -140,7 +140,7 @@ class VGGT(nn.Module):
 
         Args:
             heads: of camera, depth, point, track; None keeps all.
-            views: number of views; None leaves it free, from 2 on.
+            views: number of views; None keeps what was chosen before, at first free from 2 on.
 
         Raises:
             UsageError: a head that does not exist.
@@ -158,7 +158,7 @@ class VGGT(nn.Module):
         twin._modules = dict(self._modules)
         for name in set(have) - set(wanted):
             setattr(twin, f"{name}_head", None)
-        twin.diagnostics, twin.views = False, views
+        twin.diagnostics, twin.views = False, views or self.views
         return twin
 
     @property

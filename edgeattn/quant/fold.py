@@ -1,5 +1,5 @@
-"""One graph step: BatchNorm into the convolution before or behind it, or the linear layer behind it, and the residual
-identity into a depthwise convolution.
+"""One graph step: constants evaluated; BatchNorm into the convolution before or behind it, or the linear layer behind
+it; the residual identity into a depthwise convolution.
 
 The last follows RepVGG's identity branch (Ding et al., CVPR 2021, section 3.3): x + dw(x) is one depthwise
 convolution with 1 added at the kernel's centre.
@@ -19,6 +19,7 @@ from edgeattn.quant.graph import add_attribute, aten, attribute, calls, finish, 
 def fold(graph: fx.GraphModule) -> dict[str, int]:
     """Rewrite the graph in place; returns how many of each fold were made."""
     counts = {
+        "constants": _constants(graph),
         "conv_bn": sum(_conv_bn(graph, node) for node in calls(graph, aten.batch_norm.default)),
         "bn_conv": sum(_bn_conv(graph, node) for node in calls(graph, aten.batch_norm.default)),
         "bn_linear": sum(_bn_linear(graph, node) for node in calls(graph, aten.batch_norm.default)),
@@ -26,6 +27,27 @@ def fold(graph: fx.GraphModule) -> dict[str, int]:
     }
     finish(graph)
     return counts
+
+
+def _constants(graph: fx.GraphModule) -> int:
+    """Evaluate what does not depend on the input (position tables, coordinates); returns how many tensors that left."""
+    values: dict[fx.Node, Tensor] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not node.all_input_nodes:
+            continue
+        inputs = {arg: values.get(arg, attribute(graph, arg)) for arg in node.all_input_nodes}
+        if any(value is None for value in inputs.values()):
+            continue
+        with torch.no_grad():
+            result = node.target(*fx.map_arg(node.args, inputs.get), **fx.map_arg(node.kwargs, inputs.get))
+        if isinstance(result, Tensor):
+            values[node] = result
+    kept = [node for node in values if any(user not in values for user in node.users)]
+    for node in kept:
+        new = add_attribute(graph, f"{module_path(node) or 'graph'}.constant", values[node].contiguous(), node)
+        node.replace_all_uses_with(new)
+    graph.graph.eliminate_dead_code()
+    return len(kept)
 
 
 def _bn_values(graph: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] | None:

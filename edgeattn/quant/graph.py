@@ -49,7 +49,11 @@ def traced(model: nn.Module, interface: Interface) -> torch.export.ExportedProgr
     shapes = tuple(
         {i: dims[side] for i, side in enumerate(spec.shape) if isinstance(side, str)} for spec in interface.inputs
     )
-    return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(
+        model, examples, dynamic_shapes=shapes, strict=False,
+        # Inequalities between products of free sizes that it cannot prove become checks, not refusals.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )  # fmt: skip
 
 
 def module_path(node: fx.Node) -> str:

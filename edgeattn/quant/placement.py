@@ -118,6 +118,7 @@ def insert(graph: fx.GraphModule, chosen: Plan, ranges: dict[fx.Node, tuple[floa
         _insert_pair(graph, node, *ranges[node], signedness, scales)
     for node in chosen.weighted:
         _quantize_layer(graph, node, scales)
+        _flatten_tokens(graph, node)
     for node, spec in chosen.attention:
         _quantize_custom(graph, node, spec)
     finish(graph)
@@ -161,6 +162,28 @@ def _quantize_layer(graph: fx.GraphModule, node: fx.Node, scales: dict[fx.Node, 
     if bias is not None:
         bias_codes, bias_scale = quantize_bias(bias, input_scale, scale)
         set_input(node, 2, _dequantized(graph, f"{path}_bias_int32", bias_codes, bias_scale, node))
+
+
+def _flatten_tokens(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Run a linear layer over (B, N, C) tokens as one over (B * N, C), so that it exports as Gemm.
+
+    That takes the int8 weight as it is stored and the int32 bias; MatMul would want a transposed copy and a float bias.
+    """
+    value = node.meta.get("val")
+    if not is_call(node, aten.linear.default) or value is None or value.dim() <= 2:
+        return
+    sides = list(value.shape[1:])
+    if not all(isinstance(side, int) for side in sides):
+        return
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.graph.inserting_before(node):
+        flat = graph.graph.call_function(aten.reshape.default, (source, [-1, source.meta["val"].shape[-1]]))
+    set_input(node, 0, flat)
+    with graph.graph.inserting_after(node):
+        back = graph.graph.call_function(aten.reshape.default, (node, [-1, *sides]))
+    node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+    flat.meta["module_path"] = back.meta["module_path"] = module_path(node)
 
 
 def _quantize_custom(graph: fx.GraphModule, node: fx.Node, spec: OpSpec) -> None:

@@ -129,6 +129,11 @@ _FLOAT_ISLANDS = (
         modules="*.se.*",
         reason="squeeze-excite: sigmoid gates saturate when their range is wrong; under 1 % of compute",
     ),
+    Rule(
+        modules="*.dconv.conv_offset",
+        reason="offsets of a deformable convolution: 8 bits cannot hold a place in the map to a fraction of a pixel",
+    ),
+    Rule(modules="*.dconv.places", reason="sampling coordinates of a deformable convolution"),
 )
 PRESETS: dict[str, Recipe] = {
     "w8a8": Recipe(name="w8a8", rules=_FLOAT_ISLANDS),

@@ -58,7 +58,8 @@ class OpenVinoSession:
             "runtime_version": openvino.__version__.split("-")[0],
         }  # fmt: skip
         self._compiled, self._request = compiled, compiled.create_infer_request()
-        self._outputs = [port.any_name for port in compiled.outputs]
+        # A port may have further names of the compiler's own, so names are the artefact's, by position.
+        self._outputs = list(settings.get("outputs") or [port.any_name for port in compiled.outputs])
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -74,7 +75,7 @@ class OpenVinoSession:
         except RuntimeError as error:
             shapes = {name: value.shape for name, value in inputs.items()}
             raise DeviceError(f"OpenVINO failed on {self._model} with inputs {shapes}: {error}") from error
-        return {name: np.array(results[name]) for name in self._outputs}
+        return {name: np.array(results[i]) for i, name in enumerate(self._outputs)}
 
     def placement(self) -> Placement:
         """Counts the executed nodes by kernel type and the precision each really computes in."""
@@ -91,5 +92,5 @@ class OpenVinoSession:
 
 
 def open_session(model: Path, settings: Mapping[str, Any], variant: str) -> OpenVinoSession:
-    """Settings: threads (None: all processors), inference_precision_hint, custom_nodes (inlined at compile time)."""
+    """Settings: threads (None: all), inference_precision_hint, custom_nodes (inlined at compile time), outputs."""
     return OpenVinoSession(model, settings, variant)

@@ -56,9 +56,69 @@ class Awkward(torch.nn.Module):
 def test_only_exact_patterns_fold():
     model = randomize(Awkward())
     graph = capture(model, classifier_interface((8, 8)))
-    assert fold(graph) == {"conv_bn": 0, "bn_conv": 0, "bn_linear": 0, "residual_depthwise": 0}
+    assert fold(graph) == {
+        "constants": 0, "conv_bn": 0, "bn_conv": 0, "bn_linear": 0, "residual_depthwise": 0
+    }  # fmt: skip
     x = torch.randn(3, 3, 8, 8)
     assert torch.allclose(graph(x), model(x), atol=1e-6)
+
+
+class Padded(torch.nn.Module):
+    """BatchNorm in front of a convolution: folds into one without padding, not into one with it or a grouped one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(4) for _ in range(3))
+        self.plain, self.padded = torch.nn.Conv2d(4, 4, 2, 2), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.grouped = torch.nn.Conv2d(4, 4, 1, groups=2, bias=False)
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x):
+        x = x.repeat(1, 2, 1, 1)[:, :4] * (self.table * 2 + torch.arange(4)).sqrt()[:, None, None]
+        x = self.plain(self.norms[0](x)).relu()
+        return self.grouped(self.norms[2](self.padded(self.norms[1](x)).relu())).mean((2, 3))
+
+
+def test_what_folds_forward_and_constants():
+    torch.manual_seed(0)
+    model = randomize(Padded())
+    graph = capture(model, classifier_interface((8, 8)))
+    counts = fold(graph)
+    assert (counts["constants"], counts["bn_conv"], counts["conv_bn"]) == (1, 1, 0)
+    assert len(calls(graph, aten.batch_norm.default)) == 2, "in front of the padded and of the grouped one"
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, config", [
+    ("litv2_s", dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))),
+    ("deit_tiny", dict(embed_dim=48, depth=2)),
+    ("care_s0", dict(
+        depths=(1, 1, 2, 2), feat_dims=(12, 24, 48, 96), mem_dims=(4, 8, 16, 32), att_head_dim=(1, 1, 8, 16)
+    )),
+], ids=["litv2", "deit", "care"])  # fmt: skip
+def test_families_quantize_and_run_as_simulated(name, config, pictures, tmp_path):
+    import onnx
+    import onnxruntime
+
+    from edgeattn.export.onnx_model import save_onnx
+
+    torch.manual_seed(0)
+    model = randomize(create_model(name, img_size=64, num_classes=10, **config))
+    result = quantize(model, "w8a8", pictures)
+    x = torch.stack([torch.from_numpy(model.preprocessing.normalize(p)) for p in pictures])
+    with torch.no_grad():
+        plain, simulated = result.float_graph(x), result.graph(x)
+    nodes = save_onnx(result.graph, result.interface, tmp_path / "m.onnx").nodes
+    assert "MatMul" not in nodes, "linear layers over tokens are Gemm"
+    floats = [n for n in result.notes if n.startswith("float32: ")]
+    assert any("conv_offset" in n for n in floats) == (name == "litv2_s")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "o.onnx")
+    got = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options).run(None, {"image": x.numpy()})[0]
+    assert (torch.from_numpy(got) - simulated).abs().max() <= (simulated - plain).abs().max()
+    run = [n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert run.count("QLinearConv") + run.count("QGemm") == result.precision["int8"] - run.count("QLinearAdd")
 
 
 def test_quantized_graph_is_close_and_counts_its_precisions(tiny_model, pictures):

@@ -47,7 +47,8 @@ class OpenVinoTarget:
         xml = f"{self.name}/{variant}.xml"
         self._save(openvino, converted, draft.folder / xml, size)
         settings = {
-            "inference_precision_hint": "f32", "custom_nodes": custom_nodes, "threads": (profile or {}).get("threads"),
+            "inference_precision_hint": "f32", "custom_nodes": custom_nodes,
+            "outputs": list(draft.interface.outputs), "threads": (profile or {}).get("threads"),
         }  # fmt: skip
         files = [xml, f"{self.name}/{variant}.bin"]
         entry = ArtifactEntry(target=self.name, variant=variant, model=xml, files=files, settings=settings)
