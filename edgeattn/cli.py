@@ -54,7 +54,12 @@ def models_command(
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`) or package.module:callable.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Name of the zoo (`edgeattn models`), timm:NAME, package.module:callable, or an .onnx file."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the bundle to.")],
     weights: Annotated[
         str | None,
@@ -84,9 +89,11 @@ def export_command(
 ) -> None:
     """Quantize a checkpoint and write a verified bundle for the targets."""
     from edgeattn.export.pipeline import export
-    from edgeattn.models.factory import create_model
+    from edgeattn.models.factory import carries_weights, create_model
 
-    if weights is None and not random_weights:
+    if carries_weights(model) and random_weights:
+        raise UsageError(f"{model} is an ONNX file, which has its weights in it; leave out --random-weights.")
+    if weights is None and not random_weights and not carries_weights(model):
         raise UsageError(
             "no weights: pass --weights FILE, or --random-weights to export an untrained model (latency only)."
         )

@@ -270,6 +270,29 @@ def test_missing_openvino_is_exit_code_3(edgeattn, tmp_path, monkeypatch):
     assert code == 3 and "pip install 'edgeattn[openvino]'" in error and clean(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        ("shvit_s1", ["--views", "2"], "--heads and --views are for vggt; shvit_s1 has neither"),
+        ("deit_tiny", ["--dynamic-size", "--quant", "float32"], "deit_tiny is built for one input size"),
+        ("litv2_s", ["--img-size", "100"], "Nearest: 96x96"),
+        ("dit_s_8", ["--quant", "w8a8"], "this version quantizes classifiers only"),
+    ],
+)
+def test_export_options_that_do_not_fit_the_model(edgeattn, tmp_path, model, options, message):
+    out = tmp_path / "out"
+    code, _, error = edgeattn("export", model, "--random-weights", "-o", str(out), "--calib", str(CALIB), *options)
+    assert code == 2 and message in error and not out.exists()
+
+
+def test_denoiser_from_the_command_line(edgeattn, tmp_path):
+    out = str(tmp_path / "out")
+    code, text, error = edgeattn("export", "dit_s_8", "--random-weights", "--quant", "float32", "-o", out)
+    assert code == 0 and "12 Attention" in text and "`model_output`" in text, error
+    code, _, error = edgeattn("check", out, "--data", str(VAL))
+    assert code == 2 and "is not a classifier" in error and "edgeattn verify" in error
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_interrupt_in_mid_export_leaves_nothing(tmp_path, how):
     command = [sys.executable, "-m", "edgeattn", *map(str, export_arguments(tmp_path / "out"))]

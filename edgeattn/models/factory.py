@@ -1,4 +1,4 @@
-"""`create_model`: a name (or module:callable), weights and overrides to a ready model in evaluation mode."""
+"""`create_model`: a name or file, weights and overrides to a ready model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import CheckpointError, UsageError
-from edgeattn.models import checkpoint, registry, sources
+from edgeattn.models import checkpoint, registry, sources, timm_model
 from edgeattn.models.identify import advice
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,13 @@ _FILLERS = (
 )  # fmt: skip
 
 
+def carries_weights(name: str | os.PathLike[str]) -> bool:
+    """Whether a model's name is the path of an ONNX file, which has its weights in it."""
+    return os.fspath(name).lower().endswith(".onnx")
+
+
 def create_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     weights: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
@@ -35,13 +40,14 @@ def create_model(
     progress: sources.Progress | None = None,
     **config: Any,
 ) -> torch.nn.Module:
-    """Build a model of the zoo, or call `module:callable`, and load a checkpoint strictly.
+    """Build a model of the zoo, of timm or by calling `module:callable`, and load a checkpoint strictly; or read ONNX.
 
     The result is in evaluation mode and carries `name`, `config`, `preprocessing`, `class_names` (or None) and `notes`:
     one line for everything that was decided for the caller. Without `weights` the parameters are random.
 
     Args:
-        name: a name from `list_models()`, or `package.module:callable`.
+        name: a name from `list_models()`; `timm:NAME`; `package.module:callable`; or the path of an `.onnx` file, which
+            has its weights and classes in it (see `onnx_file.load_onnx`).
         weights: path of a `.pth` or `.safetensors` file, official or timm names; or what `sources.locate` fetches: an
             address with its digest, a hub id (`hf-hub:`, `timm:`), `official`.
         num_classes: None takes the checkpoint's; another number re-initialises the head, which is noted.
@@ -52,6 +58,12 @@ def create_model(
     Raises:
         UsageError: unknown name, key or size. CheckpointError: the file does not fit. NumericError: NaN in weights.
     """
+    name = os.fspath(name)
+    if carries_weights(name):
+        # Here, because reading such a file needs onnx and onnxruntime.
+        from edgeattn.models.onnx_file import load_onnx
+
+        return load_onnx(name, img_size=img_size, weights=weights, num_classes=num_classes, **config)
     state: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     where = str(weights)
@@ -64,7 +76,7 @@ def create_model(
     chosen: dict[str, Any] = {**metadata.get("config", {}), **config}
     if img_size is not None:
         chosen["img_size"] = img_size
-    stored_classes = _head_classes(state)
+    stored_classes = timm_model.stored_classes(name, state) if _is_timm(name) else _head_classes(state)
     if num_classes is not None or stored_classes is not None:
         chosen["num_classes"] = num_classes if num_classes is not None else stored_classes
     is_new_head = stored_classes not in (None, chosen.get("num_classes"))
@@ -76,7 +88,7 @@ def create_model(
         if num_classes is None and "'num_classes'" in str(error):
             raise _not_a_classifier(name, state, where) from error
         raise
-    notes: list[str] = []
+    notes: list[str] = list(getattr(model, "notes", ()))
     if state:
         if is_new_head:
             notes.append(_keep_new_head(model, state, stored_classes))
@@ -86,9 +98,15 @@ def create_model(
     return model.eval()
 
 
+def _is_timm(name: str) -> bool:
+    return name.startswith(timm_model.PREFIX)
+
+
 def _call(name: str, chosen: dict[str, Any]) -> torch.nn.Module:
     if ":" not in name:
         return registry.build(name, **chosen)
+    if _is_timm(name):
+        return timm_model.build(name, **chosen)
     module_name, _, attribute = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module_name), attribute)

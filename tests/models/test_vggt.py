@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import edgeattn
 from edgeattn import create_model, list_models
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import UsageError
@@ -10,6 +11,7 @@ from edgeattn.models.vggt import VGGT
 from edgeattn.models.vggt_heads import DPTHead, ResidualUnit
 from edgeattn.models.vggt_layers import DinoEncoder
 from edgeattn.models.vggt_tracker import offset_grid
+from edgeattn.runtime.verify import verify
 
 DENSE = dict(features=16, out_channels=(8, 8, 16, 16), intermediate_layer_idx=(0, 0, 1, 1))
 TINY = dict(
@@ -237,3 +239,33 @@ def test_export_has_free_batch_views_and_points(inputs):
     assert tuple(found) == model.output_names()
     for name in found:
         assert torch.allclose(found[name], want[name], atol=1e-4), name
+
+
+def test_for_export_keeps_some_heads_and_shares_the_weights(tiny):
+    twin = tiny.for_export(["depth", "camera"], views=2)
+    assert [spec.name for spec in twin.interface.inputs] == ["images"] and twin.interface.inputs[0].shape[1] == 2
+    assert twin.interface.outputs == ("pose_enc", "depth", "depth_conf") and not twin.diagnostics
+    assert tiny.diagnostics and tiny.track_head is not None, "the model itself is as before"
+    assert {id(p) for p in twin.parameters()} < {id(p) for p in tiny.parameters()}
+    assert tiny.for_export().interface.free_axes == ("batch", "views", "points")
+    with pytest.raises(UsageError, match="heads sky: this VGGT has camera, depth, point, track; name some of them"):
+        tiny.for_export(["sky"])
+    with pytest.raises(UsageError, match="views 0: a scene has at least one view"):
+        tiny.for_export(None, views=0)
+
+
+def test_checkpoint_with_heads_that_were_left_out(tiny, tmp_path):
+    torch.save(tiny.state_dict(), tmp_path / "w.pt")
+    model = create_model("vggt", weights=tmp_path / "w.pt", **{**TINY, "track_head": None, "point_head": None})
+    assert "weights of track_head left out: the model was built without it" in " ".join(model.notes)
+    assert torch.equal(model.camera_head.empty_pose_tokens, tiny.camera_head.empty_pose_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads, views", [(None, None), (["camera", "depth"], 3), (["track"], 1)], ids=str)
+def test_bundle(tiny, tmp_path, heads, views):
+    model = tiny.for_export(heads, views)
+    bundle = edgeattn.export(model, ["onnxruntime", "openvino"], tmp_path / "b", recipe="float32")
+    assert verify(bundle.path).ok and bundle.manifest.nodes["float32"]["Attention"] > 0
+    assert [entry.name for entry in bundle.manifest.outputs] == list(model.interface.outputs)
+    assert bundle.manifest.inputs[0].shape[:2] == ["batch", views or "views"]
