@@ -67,7 +67,7 @@ def builder_of(name: str) -> Callable[..., torch.nn.Module]:
     near = difflib.get_close_matches(name, _BUILDERS, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"the zoo has {', '.join(sorted(_BUILDERS))}."
     raise UsageError(
-        f"unknown model {name!r}: {hint} Also accepted: 'module:callable' for your own model. "
+        f"unknown model {name!r}: {hint} Also accepted: a path of an .onnx file, 'timm:NAME', 'module:callable'. "
         "`edgeattn models` lists the zoo."
     )
 
