@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from edgeattn import create_model
+from edgeattn import cli, create_model
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.runtime_plugins import cpu
 
@@ -63,3 +64,20 @@ def trained_bundle(tmp_path_factory):
 
     model = create_model("efficientvit_m0", weights=WEIGHTS)
     return export(model, ["onnxruntime", "openvino"], tmp_path_factory.mktemp("bundles") / "m0", data=CALIB)
+
+
+@pytest.fixture
+def edgeattn(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["edgeattn", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
+
+    return run

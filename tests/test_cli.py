@@ -22,23 +22,6 @@ from tests.conftest import CALIB, VAL, WEIGHTS
 
 
 @pytest.fixture
-def edgeattn(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["edgeattn", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, " ".join(captured.err.split())
-
-    return run
-
-
-@pytest.fixture
 def few(tmp_path):
     """Eight real pictures in class folders."""
     for name in ("Forest", "River"):

@@ -1,7 +1,5 @@
 """ONNX files as models: own and foreign exports, what is refused and how it is said, and the whole way to a bundle."""
 
-import sys
-
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +7,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from edgeattn import cli, create_model
+from edgeattn import create_model
 from edgeattn.data.preprocessing import IMAGENET_MEAN
 from edgeattn.errors import CheckpointError, NumericError, UnsupportedOp, UsageError
 from edgeattn.export.onnx_model import save_onnx
@@ -343,34 +341,18 @@ def test_what_an_output_of_probabilities_means_is_noted(small):
     assert "its output ends in Softmax" in str(create_model(small(text=text)).notes)
 
 
-@pytest.fixture
-def edgeattn(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["edgeattn", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, " ".join(capsys.readouterr().err.split())
-
-    return run
-
-
 def test_export_command_takes_a_file_without_weights(edgeattn, small, tmp_path):
     out = tmp_path / "out"
-    code, error = edgeattn("export", small(h="H", w="W"), "-o", out, "--quant", "float32", "--img-size", "8")
+    code, _, error = edgeattn("export", small(h="H", w="W"), "-o", out, "--quant", "float32", "--img-size", "8")
     assert code == 0, error
     assert Bundle.open(out).manifest.model == "small"
     for option, said in (
         ("--random-weights", "leave out --random-weights"),
         ("--weights=w.pth", "weights cannot be set"),
     ):
-        code, error = edgeattn("export", small(), "-o", tmp_path / "other", "--quant", "float32", option)
+        code, _, error = edgeattn("export", small(), "-o", tmp_path / "other", "--quant", "float32", option)
         assert code == 2 and said in error and not (tmp_path / "other").exists()
-    code, error = edgeattn("export", tmp_path / "no.onnx", "-o", tmp_path / "other", "--quant", "float32")
+    code, _, error = edgeattn("export", tmp_path / "no.onnx", "-o", tmp_path / "other", "--quant", "float32")
     assert code == 2 and "no.onnx does not exist" in error
 
 
