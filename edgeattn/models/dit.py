@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +53,16 @@ class LabelEmbedder(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero; large ones need not draw random values first."""
+    """A linear layer that starts at zero; nothing random is drawn, large ones touch no memory until they are used."""
 
     def reset_parameters(self) -> None:
         """Zero weight and bias."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for name, parameter in list(self.named_parameters()):
+            if parameter.device.type == "cpu":  # NumPy's zeros are pages of the system's, torch's are written
+                zeros = torch.from_numpy(np.zeros(parameter.shape, np.float32)).to(parameter.dtype)
+                setattr(self, name, nn.Parameter(zeros))
+            else:
+                nn.init.zeros_(parameter)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
