@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from edgeattn.models import catalog, registry
-from edgeattn.models.checkpoint import fit_shape
+from edgeattn.models.fitting import fit_shape
 
 # The catalog counts heads of 1000 classes and no buffers. Without heads a model of the zoo keeps 72 % or more of its
 # parameters, and its buffers add 1 % at most; the margin only decides how many candidates are built.
