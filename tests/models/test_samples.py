@@ -30,5 +30,5 @@ def test_accuracy_and_quantization(folder):
     with torch.no_grad():
         plain = torch.cat([result.float_graph(part).argmax(1) for part in x.split(100)])
         codes = torch.cat([result.graph(part).argmax(1) for part in x.split(100)])
-    assert (plain == labels).float().mean() > 0.86, "1,000 pictures, compressed once more"
+    assert (plain == labels).float().mean() > 0.88, "1,000 pictures, compressed once more"
     assert (plain == codes).float().mean() > 0.95
