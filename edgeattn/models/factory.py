@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +14,10 @@ import torch
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import CheckpointError, UsageError
 from edgeattn.models import checkpoint, registry, sources, timm_model
+from edgeattn.models.filling import unfilled
 from edgeattn.models.identify import advice
 
 logger = logging.getLogger(__name__)
-
-_FILLERS = (
-    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
-    "orthogonal_", "sparse_",
-)  # fmt: skip
 
 
 def carries_weights(name: str | os.PathLike[str]) -> bool:
@@ -47,7 +41,7 @@ def create_model(
 
     Args:
         name: a name from `list_models()`; `timm:NAME`; `package.module:callable`; or the path of an `.onnx` file, which
-            has its weights and classes in it (see `onnx_file.load_onnx`).
+            has its weights and classes in it (see `from_onnx.file.load_onnx`).
         weights: path of a `.pth` or `.safetensors` file, official or timm names; or what `sources.locate` fetches: an
             address with its digest, a hub id (`hf-hub:`, `timm:`), `official`.
         num_classes: None takes the checkpoint's; another number re-initialises the head, which is noted.
@@ -61,7 +55,7 @@ def create_model(
     name = os.fspath(name)
     if carries_weights(name):
         # Here, because reading such a file needs onnx and onnxruntime.
-        from edgeattn.models.onnx_file import load_onnx
+        from edgeattn.models.from_onnx.file import load_onnx
 
         return load_onnx(name, img_size=img_size, weights=weights, num_classes=num_classes, **config)
     state: dict[str, torch.Tensor] = {}
@@ -82,7 +76,7 @@ def create_model(
     is_new_head = stored_classes not in (None, chosen.get("num_classes"))
     try:
         # Weights that the checkpoint replaces anyway need no random values; those of a new head do.
-        with _unfilled() if state and ":" not in name and not is_new_head else contextlib.nullcontext():
+        with unfilled() if state and ":" not in name and not is_new_head else contextlib.nullcontext():
             model = _call(name, chosen)
     except UsageError as error:
         if num_classes is None and "'num_classes'" in str(error):
@@ -123,40 +117,6 @@ def _call(name: str, chosen: dict[str, Any]) -> torch.nn.Module:
 def _not_a_classifier(name: str, state: dict[str, torch.Tensor], where: str) -> CheckpointError:
     shapes = {key: value.shape for key, value in state.items()}
     return CheckpointError(f"{where} holds a classifier, which {name!r} is not. {advice(shapes, name)}")
-
-
-@contextlib.contextmanager
-def _unfilled() -> Iterator[None]:
-    """Building a model in this block leaves its weights uninitialised: that touches no memory and takes no time.
-
-    torch.nn.init has no switch for one thread, so its random fillers are replaced for as long as any thread is here, by
-    ones that do nothing in the threads that are.
-    """
-    with _unfilled_lock:
-        _unfilled_threads.append(threading.get_ident())
-        if len(_unfilled_threads) == 1:
-            for name in _FILLERS:
-                setattr(torch.nn.init, name, _unless_unfilled(getattr(torch.nn.init, name)))
-    try:
-        yield
-    finally:
-        with _unfilled_lock:
-            _unfilled_threads.remove(threading.get_ident())
-            if not _unfilled_threads:
-                for name in _FILLERS:
-                    setattr(torch.nn.init, name, getattr(torch.nn.init, name).__wrapped__)
-
-
-_unfilled_lock = threading.Lock()
-_unfilled_threads: list[int] = []
-
-
-def _unless_unfilled(filler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(filler)
-    def fill(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return tensor if threading.get_ident() in _unfilled_threads else filler(tensor, *args, **options)
-
-    return fill
 
 
 def _head_classes(state: dict[str, torch.Tensor]) -> int | None:

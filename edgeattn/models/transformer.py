@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeattn.models.filling import LargeLinear
+
 
 class PatchEmbed(nn.Module):
     """(B, in_channels, H, W) to (B, H/patch * W/patch, width) tokens, row by row."""
@@ -28,8 +30,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, width // num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = LargeLinear(width, 3 * width, bias=qkv_bias)
+        self.proj = LargeLinear(width, width)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, width) to (B, heads, N, head_dim)."""
@@ -45,9 +47,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int | None = None, approximate: str = "none") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = LargeLinear(width, hidden)
         self.act = nn.GELU(approximate)
-        self.fc2 = nn.Linear(hidden, out or width)
+        self.fc2 = LargeLinear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 
 import pytest
 import safetensors.torch
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from edgeattn import create_model
-from edgeattn.models import factory
 from tests.conftest import TINY, randomize
 
 WIDE = {"embed_dim": 768, "num_heads": 12, "depth": 5}  # of deit_small: 37 M parameters, 149 MB
@@ -125,16 +123,3 @@ def test_a_new_head_is_random_too(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     model = create_model("efficientvit_m0", weights=tmp_path / "w.pth", num_classes=200, img_size=64, **TINY)
     assert model.head.l.weight.std().item() == pytest.approx(0.02, rel=0.1) and not model.head.l.bias.any()
-
-
-def test_other_threads_still_fill_their_models():
-    fillers = [getattr(nn.init, name) for name in factory._FILLERS]
-    filled = []
-    with factory._unfilled(), factory._unfilled():
-        other = threading.Thread(target=lambda: filled.append(nn.Linear(64, 64)))
-        other.start()
-        other.join()
-        here = torch.zeros(64, 64)
-        assert not nn.init.trunc_normal_(here).any() and not nn.init.xavier_uniform_(here).any()
-    assert filled[0].weight.abs().max() <= 1 / 8 and filled[0].weight.std() > 0.05
-    assert [getattr(nn.init, name) for name in factory._FILLERS] == fillers

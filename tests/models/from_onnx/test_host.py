@@ -7,10 +7,10 @@ import torch
 
 from edgeattn.data.interface import Interface, TensorSpec
 from edgeattn.errors import UnsupportedOp
-from edgeattn.models.onnx_graph import build_graph
-from edgeattn.models.onnx_node import HOST_OPS, OPS, host_op
+from edgeattn.models.from_onnx.graph import build_graph
+from edgeattn.models.from_onnx.node import HOST_OPS, OPS, host_op
 from edgeattn.quant.graph import capture
-from tests.models.test_onnx_ops import run_onnxruntime
+from tests.models.from_onnx.test_ops import run_onnxruntime
 
 HEAD = '<ir_version: 8, opset_import: ["" : 13]> g (float[N, 4, 6] x) => (float[N, K] y) '
 CHAINS = {

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from edgeattn.data.interface import BATCH, RELATIVE_TOLERANCE, TensorSpec
 from edgeattn.errors import EdgeAttnError, NumericError, UnsupportedOp, UsageError
-from edgeattn.models.onnx_graph import OnnxGraph
-from edgeattn.models.onnx_node import Node
+from edgeattn.models.from_onnx.graph import OnnxGraph
+from edgeattn.models.from_onnx.node import Node
 
 _ROUNDING = 1e-6  # of the largest value: eight times float32's, for outputs that vary little around a large mean
 _SIZED = ("Reshape", "Expand", "Squeeze", "Tile", "Concat", "Slice", "Resize")  # ops that a batch of 1 is baked into

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeattn.data.interface import Interface, TensorSpec
 from edgeattn.errors import UnsupportedOp
 from edgeattn.export.onnx_model import to_onnx
-from edgeattn.models.onnx_graph import build_graph
-from edgeattn.models.onnx_node import onnx_op
-from edgeattn.models.onnx_ops import load_onnx_ops
-from edgeattn.models.onnx_ops_nn import LINEAR
+from edgeattn.models.from_onnx.graph import build_graph
+from edgeattn.models.from_onnx.node import onnx_op
+from edgeattn.models.from_onnx.ops import load_onnx_ops
+from edgeattn.models.from_onnx.ops_nn import LINEAR
 from edgeattn.quant.graph import capture
 
 OPSET = 21
@@ -307,7 +307,7 @@ def test_op_computes_what_onnxruntime_computes(op, inputs, opset, outputs, attri
 
 
 SIZES = [
-    ("Shape", "Size", "ConstantOfShape", "Range", "Constant"),  # in the chains of test_onnx_host.py
+    ("Shape", "Size", "ConstantOfShape", "Range", "Constant"),  # in the chains of test_host.py
     (LINEAR,),  # made of Gemm and MatMul, tested as these
 ]
 

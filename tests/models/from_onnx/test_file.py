@@ -12,8 +12,8 @@ from edgeattn.data.preprocessing import IMAGENET_MEAN
 from edgeattn.errors import CheckpointError, NumericError, UnsupportedOp, UsageError
 from edgeattn.export.onnx_model import save_onnx
 from edgeattn.export.pipeline import export
-from edgeattn.models import onnx_ops
-from edgeattn.models.onnx_node import OPS, Op
+from edgeattn.models.from_onnx import ops
+from edgeattn.models.from_onnx.node import OPS, Op
 from edgeattn.quant.quantize import quantize
 from edgeattn.runtime.bundle import Bundle
 from edgeattn.runtime.verify import verify
@@ -279,14 +279,14 @@ def test_float16_becomes_float32_and_says_so(small):
 
 
 def test_a_wrong_op_cannot_pass(small, monkeypatch):
-    onnx_ops.load_onnx_ops()
+    ops.load_onnx_ops()
     monkeypatch.setitem(OPS, "Relu", Op(lambda node, x: torch.relu(x) * 1.001))
     with pytest.raises(NumericError, match=r"node 'Relu_r' \(Relu, opset 13\) gives other values than onnxruntime"):
         create_model(small())
 
 
 def test_a_node_that_fails_is_named(small, monkeypatch):
-    onnx_ops.load_onnx_ops()
+    ops.load_onnx_ops()
     monkeypatch.setitem(OPS, "Relu", Op(lambda node, x: x.reshape(7)))
     with pytest.raises(UnsupportedOp, match=r"node 'Relu_r' \(Relu, opset 13\) cannot be run with torch: shape"):
         create_model(small())

@@ -16,9 +16,9 @@ from edgeattn.data.files import sha256_of
 from edgeattn.data.interface import BATCH, Interface, TensorSpec, classifier_interface
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import CheckpointError, UnsupportedOp, UsageError
-from edgeattn.models.onnx_check import check_batch, check_values
-from edgeattn.models.onnx_graph import MOST_INPUTS, OnnxGraph, build_graph, standard_opset
-from edgeattn.models.onnx_ops import load_onnx_ops
+from edgeattn.models.from_onnx.check import check_batch, check_values
+from edgeattn.models.from_onnx.graph import MOST_INPUTS, OnnxGraph, build_graph, standard_opset
+from edgeattn.models.from_onnx.ops import load_onnx_ops
 from edgeattn.models.sizes import as_pair
 
 _CROP = 0.875

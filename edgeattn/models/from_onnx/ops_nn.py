@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgeattn.models.onnx_node import Node, numbers, onnx_op
-from edgeattn.models.onnx_ops import only_first
+from edgeattn.models.from_onnx.node import Node, numbers, onnx_op
+from edgeattn.models.from_onnx.ops import only_first
 
 LINEAR = "edgeattn.Linear"  # what a Gemm or MatMul with constant weights becomes when a file is read
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from edgeattn.models.onnx_node import Node, host_array, host_op, numbers
+from edgeattn.models.from_onnx.node import Node, host_array, host_op, numbers
 
 
 def _each(function: Any) -> Any:

@@ -1,7 +1,7 @@
 """ONNX ops on tensors, element by element or along axes. Definitions: https://onnx.ai/onnx/operators.
 
-The other ops are in `onnx_ops_shape` and `onnx_ops_nn`; `load_onnx_ops` has them all. To add one: a function of the
-node and its inputs under `@onnx_op`, and a row in tests/models/test_onnx_ops.py.
+The other ops are in `ops_shape` and `ops_nn`; `load_onnx_ops` has them all. To add one: a function of the
+node and its inputs under `@onnx_op`, and a row in tests/models/from_onnx/test_ops.py.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgeattn.models.onnx_node import HOST_OPS, OPS, Node, Op, numbers, onnx_op
+from edgeattn.models.from_onnx.node import HOST_OPS, OPS, Node, Op, numbers, onnx_op
 
-_MODULES = ("onnx_host", "onnx_ops_shape", "onnx_ops_nn")
+_MODULES = ("host", "ops_shape", "ops_nn")
 _FLAT_SOFTMAX = 13  # before this opset softmax took all axes from `axis` on as one
 
 
 def load_onnx_ops() -> tuple[dict[str, Op], dict[str, Callable[..., Any]]]:
     """Both tables with every op in them, by ONNX name: on tensors, and on host values."""
     for module in _MODULES:
-        importlib.import_module(f"edgeattn.models.{module}")
+        importlib.import_module(f"edgeattn.models.from_onnx.{module}")
     return OPS, HOST_OPS
 
 

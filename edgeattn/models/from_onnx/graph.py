@@ -14,9 +14,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from edgeattn.errors import UnsupportedOp, UsageError
-from edgeattn.models.onnx_node import Node, Op, call
-from edgeattn.models.onnx_ops import load_onnx_ops
-from edgeattn.models.onnx_ops_nn import LINEAR
+from edgeattn.models.from_onnx.node import Node, Op, call
+from edgeattn.models.from_onnx.ops import load_onnx_ops
+from edgeattn.models.from_onnx.ops_nn import LINEAR
 
 _FOLDED_ELEMENTS = 1 << 20  # a constant made of constants may be this large, or as large as they are together
 _HOST_ELEMENTS = 64  # constants beside sizes in their arithmetic are short lists

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgeattn.models.onnx_node import Node, as_tensor, host_array, numbers, onnx_op
+from edgeattn.models.from_onnx.node import Node, as_tensor, host_array, numbers, onnx_op
 
 _SPLIT_BY_COUNT = 18  # from this opset without sizes the last part may be smaller
 
