@@ -197,20 +197,27 @@ def train_command(
     ],
     epochs: Annotated[int, typer.Option(min=1)] = 40,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    img_size: Annotated[int, typer.Option(min=16)] = 112,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    img_size: Annotated[int | None, typer.Option(min=16, help="112 by default; with --qat the checkpoint's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="2e-3 by default; 5e-4 with --qat.")] = None,
     seed: int = 20261120,
     config: Annotated[
         str, typer.Option(help="Architecture overrides as JSON, for a narrower model: '{\"embed_dim\": 32}'.")
     ] = "{}",
+    subset: Annotated[int, typer.Option(min=0, help="Train on this many images, spread over the data; 0: all.")] = 0,
+    qat: Annotated[str | None, typer.Option(help="With quantizers (DeiT): ofq-w2a2, lsq-w3a3+statsq, ...")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="With --qat: float checkpoint, starting point and teacher.")
+    ] = None,
+    cga_epochs: Annotated[int | None, typer.Option(min=0, help="With --qat: of annealing; a tenth by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a classifier (AdamW, one-cycle cosine, label smoothing, flips, EMA); resumes after a kill."""
-    from edgeattn.quant.training import TrainConfig, train
+    from edgeattn.quant.training import train
+    from edgeattn.quant.training_config import training_config
 
-    settings = TrainConfig(
-        model, img_size=img_size, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        model_config=_json_object(config, "--config"),
+    settings = training_config(
+        model, qat=qat, weights=weights, cga_epochs=cga_epochs, img_size=img_size, epochs=epochs, subset=subset,
+        batch_size=batch_size, learning_rate=learning_rate, seed=seed, model_config=_json_object(config, "--config"),
     )  # fmt: skip
     record = train(settings, data, val, out, lambda line: typer.echo(json.dumps(line), err=True))
     _print(record, as_json, lambda: f"{out / 'model.safetensors'}: top-1 {100 * record['val_top1']:.2f} % on {val}")
@@ -400,6 +407,8 @@ def _fail(kind: str, message: str, code: int) -> None:
         typer.echo(json.dumps({"error": kind, "message": message, "exit_code": code}))
     sys.exit(code)
 
+
+from edgeattn import cli_quant  # noqa: E402, F401 (adds its commands to the app)
 
 if __name__ == "__main__":
     main()

@@ -6,12 +6,12 @@ import sys
 
 from edgeattn.devices.latency import measure_latency
 from edgeattn.runtime.bundle import Bundle
-from edgeattn.runtime.session import INPUT, Session
+from edgeattn.runtime.session import Session
 
 
 def main(path: str) -> None:
     bundle = Bundle.open(path)
-    image = {INPUT: bundle.golden()["input"][:1]}
+    image = {name: value[:1] for name, value in bundle.golden().inputs.items()}
     for variant, plugin in (("float32", True), ("quantized", False), ("quantized", True)):
         sessions: dict[str, Session] = {
             "stock float32": bundle.open_session("onnxruntime", "float32", plugin=False),

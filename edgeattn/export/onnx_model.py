@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxscript
@@ -142,8 +143,25 @@ def _complete(model: onnx.ModelProto, opset: int, axes: dict[str, str]) -> None:
             if side.dim_param:
                 side.dim_param = re.sub(r"\bs\d+\b", lambda m: axes.get(m[0], m[0]), side.dim_param)
     model.ir_version = _IR_VERSION[opset >= ATTENTION_OPSET]
+    _pack_int4(model)
     _strip(model)
     _attach_functions(model, opset)
+
+
+def _pack_int4(model: onnx.ModelProto) -> None:
+    """Codes that the graph casts to 4 bits are stored in 4 bits."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type != "Cast" or node.input[0] not in stored:
+            continue
+        if helper.get_node_attr_value(node, "to") != onnx.TensorProto.INT4:
+            continue
+        tensor = stored[node.input[0]]
+        codes = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(codes, node.output[0]))
+        for value in [v for v in model.graph.value_info if v.name == node.input[0]]:
+            model.graph.value_info.remove(value)
+        model.graph.node.remove(node)
 
 
 @contextlib.contextmanager
@@ -164,10 +182,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Any, Any] = {
         torch.ops.edgeattn.quantize.default: lambda x, scale, zero: standard.QuantizeLinear(x, scale, zero),
         torch.ops.edgeattn.dequantize.default: lambda q, scale, zero: standard.DequantizeLinear(q, scale, zero, axis=0),
+        torch.ops.edgeattn.dequantize_int4.default: _int4_values,
     }
     for spec in load_ops().values():
         table[getattr(torch.ops.edgeattn, spec.torch_op.split("::")[1]).default] = _custom_node(spec)
     return table
+
+
+def _int4_values(codes: Any, scale: Any, axis: int, block_size: int) -> Any:
+    """Blocked DequantizeLinear; the codes come as int8, see `_pack_int4`."""
+    narrow: Any = onnxscript.opset21.Cast(codes, to=onnx.TensorProto.INT4)
+    return onnxscript.opset21.DequantizeLinear(narrow, scale, axis=axis, block_size=block_size)
 
 
 def _custom_node(spec: OpSpec) -> Callable[..., Any]:

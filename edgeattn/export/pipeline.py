@@ -84,7 +84,7 @@ def export(
         quantized = quantize(
             model, recipe, source, targets=list(chosen), dynamic_size=dynamic_size, progress=progress
         )  # fmt: skip
-        variants: list[Variant] = ["float32"] if quantized.recipe.is_float else ["float32", "quantized"]
+        variants: list[Variant] = ["float32", "quantized"] if quantized.recipe.has_variant else ["float32"]
         golden, tolerance = _golden(quantized, source, variants)
         golden.write(folder / GOLDEN)
         written: dict[str, Written] = {}

@@ -65,6 +65,11 @@ def create_model(
         path = sources.locate(weights, name, progress=progress)
         state, metadata = checkpoint.read_checkpoint(path)
         where = str(path) if weights == sources.OFFICIAL else where
+    if "quantization" in metadata:
+        raise CheckpointError(
+            f"{where} holds a network with trained quantizers (`edgeattn train --qat`), which create_model does not "
+            "make; load it with edgeattn.quant.qat.stored.load_trained."
+        )
     if metadata and metadata.get("model") not in (None, name):
         raise CheckpointError(f"{where} was written for {metadata['model']!r}, not {name!r}; name that model.")
     chosen: dict[str, Any] = {**metadata.get("config", {}), **config}

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from edgeattn.errors import UnsupportedOp
 from edgeattn.ops.registry import BodyWriter, OpSpec, dequantize_inputs, register_op, with_scales
+from edgeattn.ops.torch_op import torch_op
 
 _WEIGHTS = ("qkv_weight", "dw_weight", "proj_weight")
 _INPUTS = ("x", "qkv_weight", "qkv_bias", "dw_weight", "dw_bias", "attention_bias", "proj_weight", "proj_bias")
@@ -240,7 +241,7 @@ def infer_shape(*shapes: Sequence[int], num_heads: int, key_dim: int, window: Se
 # 4. Torch custom op and registration ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("edgeattn::cascaded_group_attention", mutates_args=())
+@torch_op("edgeattn::cascaded_group_attention")
 def cascaded_group_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, dw_weight: Tensor, dw_bias: Tensor, attention_bias: Tensor,
     proj_weight: Tensor, proj_bias: Tensor, num_heads: int, key_dim: int, window: Sequence[int], scale: float,
@@ -273,7 +274,7 @@ def cascaded_group_attention(
     return y.reshape(batch, channels, rows * win_h, cols * win_w)[:, :, :height, :width].contiguous()
 
 
-@torch.library.custom_op("edgeattn::q_cascaded_group_attention", mutates_args=())
+@torch_op("edgeattn::q_cascaded_group_attention")
 def q_cascaded_group_attention(
     x: Tensor, qkv_weight: Tensor, qkv_scale: Tensor, qkv_bias: Tensor, dw_weight: Tensor, dw_scale: Tensor,
     dw_bias: Tensor, attention_bias: Tensor, proj_weight: Tensor, proj_scale: Tensor, proj_bias: Tensor,

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from edgeattn.errors import UnsupportedOp
 from edgeattn.ops.registry import BodyWriter, OpSpec, register_op
+from edgeattn.ops.torch_op import torch_op
 
 EPSILON = 1e-6
 _INPUTS = ("qk", "v")
@@ -106,7 +107,7 @@ def infer_shape(qk: Sequence[int], v: Sequence[int], *, num_heads: int, **_: Any
 # 4. Torch custom op and registration ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("edgeattn::elu_linear_attention", mutates_args=())
+@torch_op("edgeattn::elu_linear_attention")
 def elu_linear_attention(qk: Tensor, v: Tensor, num_heads: int, epsilon: float) -> Tensor:
     """The op in eager torch; shapes as on top of this file."""
     infer_shape(qk.shape, v.shape, num_heads=num_heads)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from edgeattn.errors import UnsupportedOp
 from edgeattn.ops.registry import BodyWriter, OpSpec, register_op
+from edgeattn.ops.torch_op import torch_op
 
 _INPUTS = ("lo_q", "lo_kv", "hi_qkv")
 _ATTRIBUTES = {"grid": [14, 14], "window": 2, "head_dim": 32, "scale": 32**-0.5}
@@ -171,7 +172,7 @@ def hi_attention(qkv: Tensor, grid: Sequence[int], window: int, head_dim: int, s
     return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(1, 4)
 
 
-@torch.library.custom_op("edgeattn::hilo_attention", mutates_args=())
+@torch_op("edgeattn::hilo_attention")
 def hilo_attention(
     lo_q: Tensor, lo_kv: Tensor, hi_qkv: Tensor, grid: Sequence[int], window: int, head_dim: int, scale: float
 ) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from edgeattn.errors import UnsupportedOp
 from edgeattn.ops.registry import BodyWriter, OpSpec, dequantize_inputs, register_op, with_scales
+from edgeattn.ops.torch_op import torch_op
 
 _WEIGHTS = ("qkv_weight",)
 _INPUTS = ("x", "qkv_weight", "qkv_bias")
@@ -136,7 +137,7 @@ def infer_shape(*shapes: Sequence[int], key_dim: int, **_: Any) -> Any:
 # 4. Torch custom op and registration ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("edgeattn::single_head_attention", mutates_args=())
+@torch_op("edgeattn::single_head_attention")
 def single_head_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, key_dim: int, scale: float, epsilon: float
 ) -> Tensor:
@@ -148,7 +149,7 @@ def single_head_attention(
     return (v @ logits.softmax(-1).transpose(1, 2)).reshape(x.shape)
 
 
-@torch.library.custom_op("edgeattn::q_single_head_attention", mutates_args=())
+@torch_op("edgeattn::q_single_head_attention")
 def q_single_head_attention(
     x: Tensor, qkv_weight: Tensor, qkv_scale: Tensor, qkv_bias: Tensor, key_dim: int, scale: float, epsilon: float
 ) -> Tensor:

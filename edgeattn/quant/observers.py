@@ -1,13 +1,14 @@
 """Observers: activation ranges from a stream of batches, in memory that does not depend on the number of pictures.
 
-Two passes: the first finds minimum and maximum (and the moving average of both), the second fills a histogram between
-them, from which percentile, MSE and entropy read their ranges. Entropy is the KL criterion of Migacz, "8-bit inference
+One pass finds minimum and maximum, the moving average of both, and a histogram, from which percentile, MSE and entropy
+read their ranges. Entropy is the KL criterion of Migacz, "8-bit inference
 with TensorRT" (GTC 2017), with the convention of one-sided histograms: the tail goes into the reference only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from edgeattn.errors import NumericError
 from edgeattn.quant.recipe import ObserverSettings
 
-_BINS = 16384  # per tensor; percentile and MSE are read off bin centres, so ranges are within 1/16384 of the span
+_BINS = 65536  # per tensor, both signs together
+_SMALLEST = 2.0**-100  # reach of a histogram of smaller values, whose squares would underflow
 _KL_BINS, _KL_LEVELS = 2048, 128
 _MSE_GRID, _MSE_STEPS = 100, 80
 
@@ -89,12 +91,52 @@ def _divergence(histogram: np.ndarray, count: int) -> float:
     return float(np.sum(p[mask] * np.log(p[mask] / q[mask])))
 
 
+class Histogram:
+    """Counts in equal bins from -reach to reach, a power of two that doubles when a value lies beyond it.
+
+    One pass over the data is enough, and the memory does not grow with it. After the last doubling more than half of a
+    side is in use, so a bin is at most 1/16384 of the largest magnitude.
+    """
+
+    def __init__(self) -> None:
+        self.reach = 0.0
+        self.counts = np.zeros(_BINS, np.int64)
+
+    def add(self, x: Tensor, largest: float) -> None:
+        """Count finite values of magnitude `largest` at most."""
+        if largest > self.reach:
+            self._widen(2.0 ** math.ceil(math.log2(largest)) if largest > _SMALLEST else _SMALLEST)
+        if self.reach == 0.0:
+            self.counts[_BINS // 2] += x.numel()
+            return
+        places = (x.float().flatten() * (_BINS / 2 / self.reach)).floor_().add_(_BINS // 2).clamp_(0, _BINS - 1)
+        self.counts += torch.bincount(places.to(torch.int32), minlength=_BINS).numpy()
+
+    def _widen(self, reach: float) -> None:
+        """Merge bins until they cover `reach`; a bin's lower edge stays in the bin that it falls into."""
+        if self.reach:
+            edges = np.arange(_BINS) - _BINS // 2
+            merged = np.floor(edges * (self.reach / reach)).astype(np.int64) + _BINS // 2
+            self.counts = np.bincount(merged, self.counts, _BINS).astype(np.int64)
+        self.reach = reach
+
+    def bins(self, absolute: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(lower edges, counts) of the bins; of |x| where `absolute`."""
+        width = 2 * self.reach / _BINS
+        half = _BINS // 2
+        if absolute:
+            return np.arange(half) * width, self.counts[half:] + self.counts[:half][::-1]
+        return (np.arange(_BINS) - half) * width, self.counts
+
+    @property
+    def bin_width(self) -> float:
+        """Width of a bin."""
+        return 2 * self.reach / _BINS
+
+
 @dataclasses.dataclass
 class Observer:
-    """Statistics of one tensor; `where` names the layer in errors.
-
-    Call `see_range` for every batch, then (when `needs_histogram`) `see_histogram` for every batch again, then `range`.
-    """
+    """Statistics of one tensor; `where` names the layer in errors. Call `see` for every batch, then `range`."""
 
     where: str
     settings: ObserverSettings
@@ -102,15 +144,14 @@ class Observer:
     minimum: float = np.inf
     maximum: float = -np.inf
     average: tuple[float, float] | None = None
-    counts: np.ndarray | None = None
+    histogram: Histogram | None = None
 
-    @property
-    def needs_histogram(self) -> bool:
-        """Whether the method needs the second pass."""
-        return self.settings.method in ("percentile", "mse", "entropy")
+    def __post_init__(self) -> None:
+        if self.settings.method in ("percentile", "mse", "entropy"):
+            self.histogram = Histogram()
 
-    def see_range(self, x: Tensor) -> None:
-        """First pass.
+    def see(self, x: Tensor) -> None:
+        """Take a batch into account.
 
         Raises:
             NumericError: NaN or infinity; the layer is named.
@@ -128,45 +169,66 @@ class Observer:
         else:
             m = self.settings.momentum
             self.average = (m * self.average[0] + (1 - m) * low, m * self.average[1] + (1 - m) * high)
-
-    def _bounds(self) -> tuple[float, float]:
-        """Histogram limits: symmetric and entropy count |x| from 0."""
-        if self.symmetric or self.settings.method == "entropy":
-            return 0.0, max(abs(self.minimum), abs(self.maximum))
-        return self.minimum, self.maximum
-
-    def see_histogram(self, x: Tensor) -> None:
-        """Second pass."""
-        low, high = self._bounds()
-        if high <= low:
-            return
-        x = x.abs() if self.symmetric or self.settings.method == "entropy" else x
-        bins = _KL_BINS if self.settings.method == "entropy" else _BINS
-        counts = torch.histc(x.float(), bins, low, high).double().numpy()
-        self.counts = counts if self.counts is None else self.counts + counts
+        if self.histogram is not None:
+            self.histogram.add(x, max(abs(low), abs(high)))
 
     def range(self) -> tuple[float, float]:
         """(low, high) of the values to represent; a constant tensor gives its own value."""
         if self.settings.method == "moving_average":
             assert self.average is not None
             return self.average
-        if self.counts is None or not self.needs_histogram:
+        if self.histogram is None or self.minimum == self.maximum:
             return self.minimum, self.maximum
-        low, high = self._bounds()
-        width = (high - low) / len(self.counts)
         if self.settings.method == "entropy":
-            threshold, _ = entropy_threshold(self.counts, width)
-            return max(self.minimum, -threshold), min(self.maximum, threshold)
+            return self._entropy(self.histogram)
         if self.settings.method == "percentile":
-            return self._percentile(low, width)
-        centres = low + (np.arange(len(self.counts)) + 0.5) * width
-        factor = mse_factor(centres, self.counts, -high if self.symmetric else low, high, self.symmetric)
-        return (-high * factor if self.symmetric else low * factor), high * factor
+            return self._percentile(self.histogram)
+        edges, counts = self.histogram.bins(self.symmetric)
+        largest = max(abs(self.minimum), abs(self.maximum))
+        low, high = (-largest, largest) if self.symmetric else (self.minimum, self.maximum)
+        used = counts > 0
+        centres = edges[used] + self.histogram.bin_width / 2
+        factor = mse_factor(centres, counts[used], low, high, self.symmetric)
+        return low * factor, high * factor
 
-    def _percentile(self, low: float, width: float) -> tuple[float, float]:
-        assert self.counts is not None
-        cumulative = np.concatenate([[0.0], np.cumsum(self.counts)]) / self.counts.sum()
-        edges = low + np.arange(len(self.counts) + 1) * width
+    def _entropy(self, histogram: Histogram) -> tuple[float, float]:
+        """KL over 2048 bins of |x| from 0 to the largest; fine bins go to the coarse one that holds their centre."""
+        largest = max(abs(self.minimum), abs(self.maximum))
+        edges, counts = histogram.bins(absolute=True)
+        width = largest / _KL_BINS
+        coarse = np.minimum((edges + histogram.bin_width / 2) / width, _KL_BINS - 1).astype(np.int64)
+        threshold, _ = entropy_threshold(np.bincount(coarse, counts, _KL_BINS), width)
+        return max(self.minimum, -threshold), min(self.maximum, threshold)
+
+    def _percentile(self, histogram: Histogram) -> tuple[float, float]:
+        edges, counts = histogram.bins(self.symmetric)
+        cumulative = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()
+        ends = np.append(edges, edges[-1] + histogram.bin_width)
         share = self.settings.percentile / 100
-        high = float(np.interp(share, cumulative, edges))
-        return (-high, high) if self.symmetric else (float(np.interp(1 - share, cumulative, edges)), high)
+        high = min(float(np.interp(share, cumulative, ends)), max(abs(self.minimum), self.maximum))
+        if self.symmetric:
+            return -high, high
+        # Inside a bin the values are taken as spread evenly; they never lie beyond the extremes.
+        return max(float(np.interp(1 - share, cumulative, ends)), self.minimum), min(high, self.maximum)
+
+
+@dataclasses.dataclass
+class InputMean:
+    """Mean of every channel over all pictures and places; `axis` is that of the channels."""
+
+    axis: int
+    total: Tensor | None = None
+    count: int = 0
+
+    def see(self, x: Tensor) -> None:
+        """Take a batch into account."""
+        rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
+        new = rows.sum(0, dtype=torch.float64)
+        self.total = new if self.total is None else self.total + new
+        self.count += len(rows)
+
+    @property
+    def value(self) -> Tensor:
+        """The mean, (channels,) float64."""
+        assert self.total is not None
+        return self.total / self.count

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 import logging
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
+from edgeattn.errors import RecipeError
 from edgeattn.ops.registry import OpSpec, load_ops
+from edgeattn.quant import weights
 from edgeattn.quant.graph import add_attribute, aten, attribute, finish, is_call, module_path, set_input
 from edgeattn.quant.quantizer import (
     activation_parameters,
@@ -17,7 +22,7 @@ from edgeattn.quant.quantizer import (
     quantize_weight,
     weight_scale_floor,
 )
-from edgeattn.quant.recipe import FIRST_LAYER_REASON, Recipe
+from edgeattn.quant.recipe import FIRST_LAYER_REASON, Gptq, Recipe, WeightScheme
 
 logger = logging.getLogger(__name__)
 
@@ -31,55 +36,102 @@ class Plan:
 
     Attributes:
         tensors: nodes whose output is quantized, in graph order.
-        weighted: convolutions and linear layers with int8 weights.
+        weighted: convolutions and linear layers with quantized weights, and the scheme of each.
         adds: residual additions computed from quantized inputs.
         attention: custom ops with int8 weights and floating-point activations.
         kept_float: module path to the reason, for layers that a rule leaves in floating point.
+        activations: whether the inputs of the layers are quantized.
     """
 
     tensors: tuple[fx.Node, ...]
-    weighted: tuple[fx.Node, ...]
+    weighted: dict[fx.Node, WeightScheme]
     adds: tuple[fx.Node, ...]
     attention: tuple[tuple[fx.Node, OpSpec], ...]
     kept_float: dict[str, str]
+    activations: bool
 
     def summary(self, graph: fx.GraphModule) -> dict[str, int]:
-        """How many compute nodes run in which precision."""
+        """How many compute nodes run in which precision; weights of 4 bits are not computed with in 4 bits."""
         counts: Counter[str] = Counter()
-        counts["int8"] = len(self.weighted) + len(self.adds)
+        for scheme in self.weighted.values():
+            counts[self._label(scheme)] += 1
+        counts["int8"] += len(self.adds)
         counts["attention: int8 weights, float32 activations"] = len(self.attention)
         weighted = [n for n in graph.graph.nodes if is_call(n, *_WEIGHTED)]
         counts["float32"] = len(weighted) - len(self.weighted)
         return {key: value for key, value in counts.items() if value}
 
+    def _label(self, scheme: WeightScheme) -> str:
+        if scheme.bits == 8 and self.activations:
+            return "int8"
+        inputs = "int8 inputs, computed in float32" if self.activations else "float32 activations"
+        return f"int{scheme.bits} weights, {inputs}"
+
 
 def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
-    """Decide on a folded floating-point graph what the recipe quantizes."""
+    """Decide on a folded floating-point graph what the recipe quantizes.
+
+    Raises:
+        RecipeError: a rule matches no module, or a group size does not fit.
+    """
     specs = {spec.torch_op: spec for spec in load_ops().values() if spec.quantized}
-    weighted: list[fx.Node] = []
+    weighted: dict[fx.Node, WeightScheme] = {}
     adds: list[fx.Node] = []
     attention: list[tuple[fx.Node, OpSpec]] = []
     kept: dict[str, str] = {}
+    check_rules(graph, recipe)
+    assert recipe.weights is not None
     for node in graph.graph.nodes:
-        if node.op != "call_function":
+        kind = _kind(graph, node, specs)
+        if kind is None:
             continue
         path = module_path(node)
-        spec = specs.get(_torch_name(node))
-        is_add = is_call(node, aten.add.Tensor) and not node.kwargs and all(_is_activation(a) for a in node.args)
-        is_weighted = is_call(node, *_WEIGHTED) and attribute(graph, node.args[1]) is not None
-        if not (is_weighted or is_add or spec):
-            continue
         rule = recipe.rule_for(path)
-        if rule is not None:
+        if rule is not None and rule.is_float:
             kept[path] = rule.reason or f"rule {rule.modules!r}"
-        elif is_weighted and recipe.first_layer == "float" and _reads_input(node):
+        elif kind == "layer" and recipe.first_layer == "float" and _reads_input(node):
             kept[path] = FIRST_LAYER_REASON
-        elif spec:
-            attention.append((node, spec))
-        else:
-            (weighted if is_weighted else adds).append(node)
-    tensors = _quantized_tensors(graph, [*weighted, *adds])
-    return Plan(tensors, tuple(weighted), tuple(adds), tuple(attention), kept)
+        elif kind == "attention":
+            attention.append((node, specs[_torch_name(node)]))
+        elif kind == "layer":
+            weight = attribute(graph, node.args[1])
+            assert weight is not None
+            scheme = rule.weights if rule is not None and rule.weights is not None else recipe.weights
+            weighted[node] = weights.resolve(scheme, weight, path)
+        elif recipe.activations is not None and recipe.weights.bits == 8 and recipe.residual == "int8":
+            adds.append(node)
+    has_activations = recipe.activations is not None
+    tensors = _quantized_tensors(graph, weighted, adds, recipe.weights.bits == 8) if has_activations else ()
+    return Plan(tensors, weighted, tuple(adds), tuple(attention), kept, has_activations)
+
+
+def _kind(graph: fx.GraphModule, node: fx.Node, specs: dict[str, OpSpec]) -> str | None:
+    """What a node is to a recipe: a layer with constant weights, a residual add, an attention op of ours."""
+    if node.op != "call_function":
+        return None
+    if is_call(node, *_WEIGHTED) and attribute(graph, node.args[1]) is not None:
+        return "layer"
+    if is_call(node, aten.add.Tensor) and not node.kwargs and all(_is_activation(a) for a in node.args):
+        return "add"
+    return "attention" if _torch_name(node) in specs else None
+
+
+def check_rules(graph: fx.GraphModule, recipe: Recipe) -> None:
+    """A pattern that matches no module is a mistake, unless the rule is optional.
+
+    Raises:
+        RecipeError: names the pattern and the nearest modules.
+    """
+    specs = {spec.torch_op: spec for spec in load_ops().values() if spec.quantized}
+    paths = list(dict.fromkeys(module_path(n) for n in graph.graph.nodes if _kind(graph, n, specs)))
+    for rule in recipe.rules:
+        if rule.optional or any(fnmatch.fnmatchcase(path, rule.modules) for path in paths):
+            continue
+        near = difflib.get_close_matches(rule.modules, paths, n=3, cutoff=0.3) or paths[:3]
+        raise RecipeError(
+            f"recipe {recipe.name!r}: rule {rule.modules!r} matches no module of this model. Near: {', '.join(near)}. "
+            "Correct the pattern, or set optional: true for a rule that serves several models."
+        )
 
 
 def _torch_name(node: fx.Node) -> str:
@@ -94,14 +146,18 @@ def _is_activation(value: object) -> bool:
     return isinstance(value, fx.Node) and value.op in ("call_function", "placeholder")
 
 
-def _quantized_tensors(graph: fx.GraphModule, quantized: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """Inputs and outputs of the quantized nodes; an output that only feeds a ReLU is quantized after it."""
+def _quantized_tensors(
+    graph: fx.GraphModule, weighted: dict[fx.Node, WeightScheme], adds: list[fx.Node], outputs: bool
+) -> tuple[fx.Node, ...]:
+    """Inputs of the quantized nodes; where `outputs`, so that they compute in int8, what they give as well, behind its
+    ReLU if that is all that reads it."""
     output = next(n for n in graph.graph.nodes if n.op == "output")
     chosen: set[fx.Node] = set()
-    for node in quantized:
-        data = node.args[:1] if is_call(node, *_WEIGHTED) else node.args[:2]
+    for node in [*weighted, *adds]:
+        data = node.args[:1] if node in weighted else node.args[:2]
         chosen.update(arg for arg in data if isinstance(arg, fx.Node))
-        chosen.add(_after_activation(node))
+        if outputs:
+            chosen.add(_after_activation(node))
     # Logits stay in float: the last layer's integer result is scaled once, without another rounding.
     return tuple(n for n in graph.graph.nodes if n in chosen and set(n.users) != {output})
 
@@ -111,30 +167,55 @@ def _after_activation(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and is_call(users[0], *_FUSED_ACTIVATIONS) else node
 
 
-def insert(graph: fx.GraphModule, chosen: Plan, ranges: dict[fx.Node, tuple[float, float]], signedness: str) -> None:
-    """Rewrite the graph in place: quantize/dequantize pairs on tensors, int8 weights, int32 biases."""
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What calibration saw of a plan's nodes.
+
+    Attributes:
+        ranges: (low, high) of every tensor of the plan.
+        input_means: mean of each input channel per layer, where bias correction is wanted.
+        hessians: of each layer's inputs, where GPTQ is wanted.
+    """
+
+    ranges: Mapping[fx.Node, tuple[float, float]]
+    input_means: Mapping[fx.Node, Tensor]
+    hessians: Mapping[fx.Node, Tensor]
+
+
+def insert(graph: fx.GraphModule, chosen: Plan, seen: Statistics, recipe: Recipe) -> None:
+    """Rewrite the graph in place: quantize/dequantize pairs on tensors, weights on their grid, int32 biases."""
     scales: dict[fx.Node, Tensor] = {}
     for node in chosen.tensors:
-        _insert_pair(graph, node, *ranges[node], signedness, scales)
-    for node in chosen.weighted:
-        _quantize_layer(graph, node, scales)
-        _flatten_tokens(graph, node)
+        assert recipe.activations is not None
+        parameters = activation_parameters(*seen.ranges[node], recipe.activations.signedness)
+        _insert_pair(graph, node, chosen, parameters, scales)
+    method = next((step for step in recipe.steps if isinstance(step, Gptq)), None)
+    for node, scheme in chosen.weighted.items():
+        _quantize_layer(graph, node, scheme, scales, seen, method)
     for node, spec in chosen.attention:
         _quantize_custom(graph, node, spec)
     finish(graph)
 
 
 def _insert_pair(
-    graph: fx.GraphModule, node: fx.Node, low: float, high: float, signedness: str, scales: dict[fx.Node, Tensor]
+    graph: fx.GraphModule, node: fx.Node, chosen: Plan, parameters: tuple[Tensor, Tensor], scales: dict[fx.Node, Tensor]
 ) -> None:
-    scale, zero_point = activation_parameters(low, high, signedness)
+    """Quantize and dequantize a tensor for the quantized nodes that read it.
+
+    Everybody reads the dequantized values of a tensor that is computed in int8: a second reader of its float form would
+    keep the runtime from computing it so. Others' float readers keep the float values.
+    """
+    scale, zero_point = parameters
     after = node.next
     scale_node = add_attribute(graph, f"{node.name}_scale", scale, after)
     zero_node = add_attribute(graph, f"{node.name}_zero_point", zero_point, after)
     with graph.graph.inserting_before(after):
         codes = graph.graph.call_function(torch.ops.edgeattn.quantize.default, (node, scale_node, zero_node))
         values = graph.graph.call_function(torch.ops.edgeattn.dequantize.default, (codes, scale_node, zero_node))
-    node.replace_all_uses_with(values, delete_user_cb=lambda user: user is not codes)
+    source = node.args[0] if is_call(node, *_FUSED_ACTIVATIONS) else node
+    quantized = {*chosen.weighted, *chosen.adds}
+    readers = {user for user in node.users if source in quantized or user in quantized}
+    node.replace_all_uses_with(values, delete_user_cb=lambda user: user in readers and user is not codes)
     values.meta["val"] = node.meta.get("val")
     values.meta["module_path"] = codes.meta["module_path"] = module_path(node)
     scales[values] = scale
@@ -150,18 +231,59 @@ def _dequantized(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor,
         return graph.graph.call_function(torch.ops.edgeattn.dequantize.default, tuple(nodes))
 
 
-def _quantize_layer(graph: fx.GraphModule, node: fx.Node, scales: dict[fx.Node, Tensor]) -> None:
+def _quantize_layer(
+    graph: fx.GraphModule, node: fx.Node, scheme: WeightScheme, scales: dict[fx.Node, Tensor],
+    seen: Statistics, method: Gptq | None,
+) -> None:  # fmt: skip
     weight = attribute(graph, node.args[1])
     bias = attribute(graph, node.args[2]) if len(node.args) > 2 else None
-    input_scale = scales[node.args[0]]  # type: ignore[index]
+    input_scale = scales.get(node.args[0])  # type: ignore[arg-type]
     assert weight is not None
+    in_integers = scheme.bits == 8 and input_scale is not None
+    floor = weight_scale_floor(bias, input_scale) if in_integers and bias is not None else None  # type: ignore[arg-type]
+    stored = weights.quantize(weight, scheme, floor, seen.hessians.get(node), method)
     path = module_path(node)
-    floor = None if bias is None else weight_scale_floor(bias, input_scale)
-    codes, scale = quantize_weight(weight, floor)
-    set_input(node, 1, _dequantized(graph, f"{path}_weight_int8", codes, scale, node))
-    if bias is not None:
-        bias_codes, bias_scale = quantize_bias(bias, input_scale, scale)
+    if node in seen.input_means:
+        change = weights.correction(weight, stored, seen.input_means[node])
+        bias = change if bias is None else bias.detach() + change
+        set_input(node, 2, add_attribute(graph, f"{path}_bias", bias, node))
+    if scheme.bits == 4:
+        _attach_int4(graph, node, stored, path)
+        return
+    set_input(node, 1, _dequantized(graph, f"{path}_weight_int8", stored.codes, stored.scale, node))
+    if in_integers and bias is not None:
+        bias_codes, bias_scale = quantize_bias(bias, input_scale, stored.scale)  # type: ignore[arg-type]
         set_input(node, 2, _dequantized(graph, f"{path}_bias_int32", bias_codes, bias_scale, node))
+    if in_integers:
+        _flatten_tokens(graph, node)
+
+
+def _attach_int4(graph: fx.GraphModule, node: fx.Node, stored: weights.QuantizedWeight, path: str) -> None:
+    """Replace a layer's weight by 4-bit codes. A linear layer becomes x @ W^T with W^T stored, as runtimes fuse it."""
+    codes, scale = stored.codes, stored.scale.reshape(len(stored.codes), -1)
+    block = stored.group or codes.shape[1]
+    is_linear = is_call(node, aten.linear.default)
+    axis = 0 if is_linear else 1
+    if is_linear:
+        codes, scale = codes.T.contiguous(), scale.T.contiguous()
+    else:
+        scale = scale[..., None, None]
+    names = (f"{path}_weight_int4", codes), (f"{path}_weight_int4_scale", scale)
+    arguments = [add_attribute(graph, name, value, node) for name, value in names]
+    with graph.graph.inserting_before(node):
+        weight = graph.graph.call_function(
+            torch.ops.edgeattn.dequantize_int4.default, (*arguments, axis, block)
+        )  # fmt: skip
+        if not is_linear:
+            set_input(node, 1, weight)
+            return
+        new = graph.graph.call_function(aten.matmul.default, (node.args[0], weight))
+        if len(node.args) > 2 and node.args[2] is not None:
+            new.meta = dict(node.meta)
+            new = graph.graph.call_function(aten.add.Tensor, (new, node.args[2]))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
 
 
 def _flatten_tokens(graph: fx.GraphModule, node: fx.Node) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from edgeattn.data.interface import Interface, classifier_interface, interface_of
@@ -18,15 +15,19 @@ from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import RecipeError, UsageError
 from edgeattn.models.folding import fuse_attention
-from edgeattn.quant import placement
+from edgeattn.quant import half, placement
+from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.fold import fold
-from edgeattn.quant.graph import capture, module_path
-from edgeattn.quant.observers import Observer
-from edgeattn.quant.recipe import Recipe, load_recipe
+from edgeattn.quant.graph import aten, capture, is_call, module_path
+from edgeattn.quant.methods.gptq import Hessian
+from edgeattn.quant.observers import InputMean, Observer
+from edgeattn.quant.recipe import BiasCorrection, Equalize, Gptq, Prescale, Recipe, Revert, Smooth, load_recipe
+from edgeattn.quant.revert import Reverting
+from edgeattn.quant.rewrite import equalize, prescale, smooth
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
+_SHOWN = 64  # pictures that show how large channels get
 _FEW_IMAGES = 64  # below this the notes warn: small grids give thin statistics
 
 
@@ -84,7 +85,7 @@ def quantize(
     model = getattr(model, "for_export", lambda: model)()  # leaves out results that are for tests only
     interface = _free_size(model) if dynamic_size else interface_of(model)
     preprocessing = getattr(model, "preprocessing", None)
-    if not interface.is_classifier and not chosen.is_float:
+    if not interface.is_classifier and chosen.has_variant:
         names = ", ".join(spec.name for spec in interface.inputs)
         raise RecipeError(
             f"recipe {chosen.name!r} calibrates on pictures, and {getattr(model, 'name', type(model).__name__)} takes "
@@ -95,11 +96,19 @@ def quantize(
     notes = list(getattr(model, "notes", []))
     notes.append("folded: " + (", ".join(f"{count} {what}" for what, count in folds.items() if count) or "nothing"))
     graph, precision, calibration = float_graph, {"float32": _count_layers(float_graph)}, None
-    source = None if chosen.is_float and data is None else open_source(data, skip_bad)
-    if not chosen.is_float:
+    source = None if not chosen.has_variant and data is None else open_source(data, skip_bad)
+    if chosen.has_variant:
         assert source is not None and preprocessing is not None
-        graph = copy.deepcopy(float_graph)
-        precision, calibration = _calibrate_and_insert(graph, chosen, source, preprocessing, notes, progress)
+        calibrator = Calibrator(source, chosen, preprocessing, progress)
+        if chosen.is_float:
+            made = half.build(float_graph, chosen, calibrator, targets or ["onnxruntime"])
+            built = Built(made.graph, chosen, made.precision, made.notes)
+        else:
+            built = build(float_graph, chosen, calibrator)
+        graph, chosen, precision, calibration = built.graph, built.recipe, built.precision, calibrator.facts(chosen)
+        notes += built.notes
+        if calibrator.images < min(_FEW_IMAGES, chosen.calibration.images):
+            notes.append(f"calibrated on {calibrator.images} images only; 512 or more give steadier ranges")
     class_names = _class_names(model, graph, source, notes)
     return QuantizedModel(
         name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=graph, recipe=chosen,
@@ -137,84 +146,96 @@ def _count_layers(graph: fx.GraphModule) -> int:
     return len(placement.plan(graph, Recipe(name="all", first_layer="int8")).weighted)
 
 
-def _calibrate_and_insert(
-    graph: fx.GraphModule, recipe: Recipe, source: ImageSource, preprocessing: Preprocessing,
-    notes: list[str], progress: Progress | None,
-) -> tuple[dict[str, int], dict[str, Any]]:  # fmt: skip
-    assert recipe.activations is not None
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A graph with quantizers, and what was decided on the way; `recipe` is the one given with its searches done."""
+
+    graph: fx.GraphModule
+    recipe: Recipe
+    precision: dict[str, int]
+    notes: list[str]
+
+
+def build(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> Built:
+    """Apply a recipe to a copy of a folded float graph.
+
+    Raises:
+        RecipeError: nothing is left to quantize, a rule matches nothing, a group size does not fit.
+        NumericError: NaN in an activation; the layer is named.
+    """
+    graph, notes = copy.deepcopy(float_graph), []
+    for step in recipe.steps:
+        notes += _rewrite(graph, step, calibrator)
+    chosen, seen = _planned(graph, recipe, calibrator)
+    reverting = next((step for step in recipe.steps if isinstance(step, Revert)), None)
+    if reverting is not None:
+        search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
+        for step in reverting.otherwise if search.needed else ():
+            notes += _rewrite(graph, step, calibrator)
+            chosen, seen = _planned(graph, recipe, calibrator)
+            search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
+            recipe = recipe.model_copy(update={"steps": (step, *recipe.steps)})
+            search.recipe = recipe
+        recipe, done = search.run()
+        notes.append(done)
+        chosen = placement.plan(graph, recipe)
+    notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
+    precision = chosen.summary(graph)
+    placement.insert(graph, chosen, seen, recipe)
+    return Built(graph, recipe, precision, notes)
+
+
+def _rewrite(graph: fx.GraphModule, step: Any, calibrator: Calibrator) -> list[str]:
+    """Apply a step that changes the float graph; others come into play later."""
+    if isinstance(step, Equalize):
+        return [equalize(graph)]
+    if isinstance(step, Smooth):
+        return [smooth(graph, calibrator.sample(_SHOWN), step.alpha)]
+    if isinstance(step, Prescale):
+        return [prescale(graph, calibrator.sample(_SHOWN), step.alpha, step.imbalance)]
+    return []
+
+
+def _planned(
+    graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator
+) -> tuple[placement.Plan, placement.Statistics]:
     chosen = placement.plan(graph, recipe)
     if not chosen.weighted:
         raise RecipeError(f"recipe {recipe.name!r} quantizes no layer of this model; check its rules.")
-    notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
-    precision = chosen.summary(graph)
-    signedness = recipe.activations.signedness
-    observers = {
-        node: Observer(module_path(node) or node.name, recipe.activations.observer, signedness == "int8")
-        for node in chosen.tensors
-    }
-    calibration = _observe(graph, observers, recipe, source, preprocessing, progress)
-    if calibration["images"] < min(_FEW_IMAGES, recipe.calibration.images):
-        notes.append(f"calibrated on {calibration['images']} images only; 512 or more give steadier ranges")
-    ranges = {node: observer.range() for node, observer in observers.items()}
-    placement.insert(graph, chosen, ranges, signedness)
-    return precision, calibration
+    return chosen, _observe(graph, chosen, recipe, calibrator)
 
 
 def _observe(
-    graph: fx.GraphModule, observers: dict[fx.Node, Observer], recipe: Recipe, source: ImageSource,
-    preprocessing: Preprocessing, progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Run both passes over the data; returns the calibration facts."""
-    digest = hashlib.sha256()
-    source = source.spread(recipe.calibration.images)
-
-    def walk(stage: str, watch: Mapping[fx.Node, Callable[[Tensor], None]], digest: Any = None) -> int:
-        runner, seen = _Observing(graph, watch), 0
-        for batch in _batches(source, recipe, preprocessing, digest):
-            runner.run(batch)
-            seen += len(batch)
-            if progress:
-                progress(stage, seen, len(source))
-        return seen
-
-    count = walk("ranges", {node: observer.see_range for node, observer in observers.items()}, digest)
-    second = {node: observer.see_histogram for node, observer in observers.items() if observer.needs_histogram}
-    if second:
-        walk("histograms", second)
-    settings = recipe.activations.observer.model_dump() if recipe.activations else {}
-    return {
-        "source": source.where, "images": count, "skipped": list(source.skipped), "sha256": digest.hexdigest(),
-        "observer": settings,
-    }  # fmt: skip
-
-
-def _batches(source: ImageSource, recipe: Recipe, preprocessing: Preprocessing, digest: Any = None) -> Iterator[Tensor]:
-    pictures: list[np.ndarray] = []
-    for sample in source:
-        pixels = np.asarray(preprocessing.resize_and_crop(sample.image))
-        if digest is not None:
-            digest.update(pixels.tobytes())
-        pictures.append(preprocessing.normalize(pixels))
-        if len(pictures) == recipe.calibration.batch_size:
-            yield torch.from_numpy(np.stack(pictures))
-            pictures = []
-    if pictures:
-        yield torch.from_numpy(np.stack(pictures))
+    graph: fx.GraphModule, chosen: placement.Plan, recipe: Recipe, calibrator: Calibrator
+) -> placement.Statistics:
+    """One pass over the pictures for everything that the recipe's steps need to know."""
+    steps = {type(step) for step in recipe.steps}
+    watch: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
+    observers: dict[fx.Node, Observer] = {}
+    means: dict[fx.Node, InputMean] = {}
+    hessians: dict[fx.Node, Hessian] = {}
+    for node in chosen.tensors:
+        assert recipe.activations is not None
+        symmetric = recipe.activations.signedness == "int8"
+        observers[node] = Observer(module_path(node) or node.name, recipe.activations.observer, symmetric)
+        watch.setdefault(node, []).append(observers[node].see)
+    for node, scheme in chosen.weighted.items():
+        tensor, axis = node.args[0], -1 if is_call(node, aten.linear.default) else 1
+        assert isinstance(tensor, fx.Node)
+        if BiasCorrection in steps:
+            means[node] = InputMean(axis)
+            watch.setdefault(tensor, []).append(means[node].see)
+        if Gptq in steps and scheme.bits == 4:
+            hessians[node] = Hessian()
+            watch.setdefault(tensor, []).append(_channels_last(hessians[node].update, axis))
+    if watch:
+        calibrator.run(graph, watch)
+    return placement.Statistics(
+        ranges={node: observer.range() for node, observer in observers.items()},
+        input_means={node: mean.value for node, mean in means.items()},
+        hessians={node: hessian.value for node, hessian in hessians.items()},
+    )
 
 
-class _Observing(fx.Interpreter):
-    """Runs a graph and shows chosen nodes' outputs to observers; values are freed as soon as they are not needed."""
-
-    def __init__(self, graph: fx.GraphModule, watch: Mapping[fx.Node, Callable[[Tensor], None]]) -> None:
-        super().__init__(graph)
-        self._watch = watch
-
-    @torch.no_grad()
-    def run(self, *args: Any) -> Any:  # type: ignore[override]
-        return super().run(*args)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self._watch:
-            self._watch[n](value)
-        return value
+def _channels_last(see: Callable[[Tensor], None], axis: int) -> Callable[[Tensor], None]:
+    return lambda x: see(x.movedim(axis, -1))

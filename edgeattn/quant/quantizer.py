@@ -30,6 +30,17 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point.reshape(shape)).float() * scale.reshape(shape)
 
 
+@torch.library.custom_op("edgeattn::dequantize_int4", mutates_args=())
+def dequantize_int4(codes: Tensor, scale: Tensor, axis: int, block_size: int) -> Tensor:
+    """float32 values of 4-bit codes (-8 to 7, held in int8); scale has their shape, `axis` divided by the blocks."""
+    return codes.float() * scale.repeat_interleave(block_size, axis)
+
+
+@dequantize_int4.register_fake
+def _(codes: Tensor, scale: Tensor, axis: int, block_size: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
 @quantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -17,6 +17,11 @@ SCHEMA_VERSION: Literal[1] = 1
 # Signedness of per-tensor int8 activations that a target computes in. TensorRT takes symmetric int8 only.
 _TARGET_ACTIVATIONS: dict[str, Literal["uint8", "int8"]] = {
     "onnxruntime": "uint8", "openvino": "uint8", "tensorrt": "int8", "coreml": "int8",
+}  # fmt: skip
+# Bits of weights and activations that a target runs; 16 stands for floating point.
+_TARGET_FORMATS: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("w8a8", "w8a16", "w4a8", "w4a16"), "openvino": ("w8a8", "w8a16", "w4a8", "w4a16"),
+    "tensorrt": ("w8a8", "w4a16"), "coreml": ("w8a8", "w8a16", "w4a16"),
 }  # fmt: skip
 
 
@@ -35,10 +40,25 @@ class ObserverSettings(_Strict):
 
 
 class WeightScheme(_Strict):
-    """Symmetric int8 weights, one scale per output channel, scale = max|w| / 127."""
+    """Symmetric weights: scale = max|w| / (2^(bits - 1) - 1), one per output channel or per group of inputs.
 
-    bits: Literal[8] = 8
-    granularity: Literal["per_channel"] = "per_channel"
+    `group_size: auto` is 32 or 16, whichever divides a layer's inputs; else the layer stays at 8 bits per channel, as
+    do convolutions that are not 1x1. A number must divide the inputs of every layer that it is for.
+    """
+
+    bits: Literal[4, 8] = 8
+    granularity: Literal["per_channel", "group"] = "per_channel"
+    group_size: int | Literal["auto"] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _groups_have_a_size(self) -> WeightScheme:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("granularity: group needs a group_size, per_channel takes none")
+        if isinstance(self.group_size, int) and self.group_size < 2:
+            raise ValueError(f"group_size {self.group_size} is less than 2")
+        if self.granularity == "group" and self.bits != 4:
+            raise ValueError("groups are for 4-bit weights; no runtime takes 8-bit ones in groups")
+        return self
 
 
 class ActivationScheme(_Strict):
@@ -57,16 +77,91 @@ class Calibration(_Strict):
     batch_size: int = pydantic.Field(default=16, ge=1)
 
 
+class Equalize(_Strict):
+    """Cross-layer equalisation of convolutions with nothing or a ReLU in between (reference section 5.7)."""
+
+    step: Literal["equalize"] = "equalize"
+
+
+class Smooth(_Strict):
+    """SmoothQuant: activation outliers of linear layers moved into their weights through the LayerNorm in front."""
+
+    step: Literal["smooth"] = "smooth"
+    alpha: float = pydantic.Field(default=0.5, ge=0, le=1)
+
+
+class BiasCorrection(_Strict):
+    """The mean error that rounded weights make, taken out of the bias."""
+
+    step: Literal["bias_correction"] = "bias_correction"
+
+
+class Gptq(_Strict):
+    """Weights rounded one column after the other, each making up for the errors of those before."""
+
+    step: Literal["gptq"] = "gptq"
+    act_order: bool = False
+    percdamp: float = pydantic.Field(default=0.01, gt=0)
+
+
+class Prescale(_Strict):
+    """SmoothQuant by a multiplication of its own, where no layer in front can take the scale (a concatenation, say)."""
+
+    step: Literal["prescale"] = "prescale"
+    alpha: float = pydantic.Field(default=0.75, ge=0, le=1)
+    imbalance: float = pydantic.Field(default=0.5, gt=0, le=1, description="1 scales every such tensor")
+
+
+class Revert(_Strict):
+    """More bits for what costs most accuracy, until the logits are `goal_db` above their quantization noise.
+
+    On the pictures' logits, in the sum of norms. First the steps named `otherwise` are taken; then, one at a time,
+    what helps most: a layer gets 8 bits in place of 4 or floating point in place of 8, or all residual additions
+    floating point. At most the share `most` of the layers is reverted, and nothing that helps less than `least`.
+    """
+
+    step: Literal["revert"] = "revert"
+    goal_db: float = 33.0
+    least: float = pydantic.Field(default=0.02, gt=0, lt=1)
+    most: float = pydantic.Field(default=0.1, ge=0, le=1)
+    images: int = pydantic.Field(default=32, ge=1)
+    otherwise: tuple[Prescale, ...] = (Prescale(),)
+
+
+Step = Annotated[Equalize | Smooth | Prescale | BiasCorrection | Gptq | Revert, pydantic.Field(discriminator="step")]
+
+
 class Rule(_Strict):
-    """Modules (shell pattern on the model's own names) that stay in floating point, and why."""
+    """Modules (shell pattern on the model's own names) that are treated differently, and why.
+
+    The first rule that matches decides. `precision: float` leaves them in floating point; `weights` replaces the
+    recipe's weight scheme (a rule without either means float). A pattern that matches nothing is an
+    error unless it is `optional`.
+    """
 
     modules: str
-    precision: Literal["float"] = "float"
+    precision: Literal["float"] | None = None
+    weights: WeightScheme | None = None
     reason: str = ""
+    optional: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _says_one_thing(self) -> Rule:
+        if self.precision is not None and self.weights is not None:
+            raise ValueError("a rule sets precision: float or weights, not both")
+        return self
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the modules stay in floating point: the rule gives them no weight scheme."""
+        return self.weights is None
 
 
 class Recipe(_Strict):
-    """A quantization recipe. `weights: null` and `activations: null` mean floating point throughout."""
+    """A quantization recipe.
+
+    `activations: null` quantizes weights only; `weights: null` as well means floating point throughout.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str
@@ -76,19 +171,39 @@ class Recipe(_Strict):
     first_layer: Literal["float", "int8"] = pydantic.Field(
         default="float", description="precision of the layers that read the picture; see FIRST_LAYER_REASON"
     )
+    residual: Literal["int8", "float"] = pydantic.Field(default="int8", description="precision of residual additions")
     rules: tuple[Rule, ...] = ()
+    float_type: Literal["float32", "float16"] = pydantic.Field(
+        default="float32",
+        description="of what is not quantized; float16 takes weights: null, and keeps float32 islands",
+    )
+    steps: tuple[Step, ...] = pydantic.Field(default=(), description="methods beyond rounding, in this order")
     gate: Literal["mlperf99", "mlperf999"] = "mlperf99"
 
     @pydantic.model_validator(mode="after")
     def _activations_need_weights(self) -> Recipe:
-        if (self.weights is None) != (self.activations is None):
-            raise ValueError("weights and activations must both be set or both be null in this version")
+        if self.weights is None and self.activations is not None:
+            raise ValueError("activations cannot be quantized without weights; set weights, or activations: null")
+        if self.weights is not None and self.float_type == "float16":
+            raise ValueError("float_type float16 is for models without integers; set weights and activations to null")
         return self
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing is quantized."""
+        """Whether nothing is quantized to integers."""
         return self.weights is None
+
+    @property
+    def has_variant(self) -> bool:
+        """Whether there is something to make beside the float32 model: a quantized or a float16 one."""
+        return not self.is_float or self.float_type == "float16"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Bits of weights and activations in use, as w8a8; 16 stands for floating point."""
+        schemes = [self.weights, *(rule.weights for rule in self.rules)]
+        bits = sorted({scheme.bits for scheme in schemes if scheme is not None})
+        return () if self.is_float else tuple(f"w{b}a{16 if self.activations is None else 8}" for b in bits)
 
     def rule_for(self, module: str) -> Rule | None:
         """The first rule whose pattern matches a module path."""
@@ -102,8 +217,15 @@ class Recipe(_Strict):
         """The recipe with `signedness: auto` resolved.
 
         Raises:
-            RecipeError: the targets compute in different signedness, or cannot run the one that was asked for.
+            RecipeError: a target cannot run the bits or the signedness that was asked for, or two targets differ in it.
         """
+        for target in targets:
+            for name in self.formats:
+                if name not in _TARGET_FORMATS[target]:
+                    raise RecipeError(
+                        f"recipe {self.name!r} has {name} (bits of weights and activations, 16: float), which target "
+                        f"{target} cannot run. It runs {', '.join(_TARGET_FORMATS[target])}."
+                    )
         if self.activations is None:
             return self
         wanted = {target: _TARGET_ACTIVATIONS[target] for target in targets}
@@ -126,19 +248,30 @@ class Recipe(_Strict):
 FIRST_LAYER_REASON = "reads the picture, which is on an 8-bit grid already; a second grid costs the most accuracy"
 _FLOAT_ISLANDS = (
     Rule(
-        modules="*.se.*",
+        modules="*.se.*", precision="float", optional=True,
         reason="squeeze-excite: sigmoid gates saturate when their range is wrong; under 1 % of compute",
     ),
     Rule(
-        modules="*.dconv.conv_offset",
+        modules="*.dconv.conv_offset", precision="float", optional=True,
         reason="offsets of a deformable convolution: 8 bits cannot hold a place in the map to a fraction of a pixel",
     ),
-    Rule(modules="*.dconv.places", reason="sampling coordinates of a deformable convolution"),
+    Rule(
+        modules="*.dconv.places", precision="float", optional=True,
+        reason="sampling coordinates of a deformable convolution",
+    ),
+)  # fmt: skip
+_INT4 = WeightScheme(bits=4, granularity="group", group_size="auto")
+_PRESETS = (
+    Recipe(name="w8a8", rules=_FLOAT_ISLANDS, steps=(Revert(), BiasCorrection())),
+    Recipe(name="w8a16", rules=_FLOAT_ISLANDS, activations=None, steps=(BiasCorrection(),)),
+    Recipe(name="w4a8", rules=_FLOAT_ISLANDS, weights=_INT4, steps=(Revert(), Gptq(), BiasCorrection())),
+    Recipe(
+        name="w4a16", rules=_FLOAT_ISLANDS, weights=_INT4, activations=None, steps=(Revert(), Gptq(), BiasCorrection())
+    ),
+    Recipe(name="fp16", weights=None, activations=None, float_type="float16"),
+    Recipe(name="float32", weights=None, activations=None),
 )
-PRESETS: dict[str, Recipe] = {
-    "w8a8": Recipe(name="w8a8", rules=_FLOAT_ISLANDS),
-    "float32": Recipe(name="float32", weights=None, activations=None),
-}
+PRESETS: dict[str, Recipe] = {recipe.name: recipe for recipe in _PRESETS}
 
 
 def load_recipe(spec: str | Path | Recipe | dict[str, Any]) -> Recipe:
@@ -188,7 +321,8 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     """Field names of the model at a place in the recipe."""
     models: dict[str, type[pydantic.BaseModel]] = {
         "weights": WeightScheme, "activations": ActivationScheme, "calibration": Calibration,
-        "observer": ObserverSettings, "rules": Rule,
+        "observer": ObserverSettings, "rules": Rule, "equalize": Equalize, "smooth": Smooth,
+        "bias_correction": BiasCorrection, "gptq": Gptq, "prescale": Prescale, "revert": Revert,
     }  # fmt: skip
     named = [part for part in location if part in models]
     return list((models[named[-1]] if named else Recipe).model_fields)

@@ -31,6 +31,7 @@ class Scheme:
         granularity: what shares one scale: the whole tensor; an output channel (axis 0 of a weight); a token (the last
             axis of an activation); a group of `group_size` neighbours along the input axis of a weight (its last).
         dynamic: ranges are taken from the tensor at run time.
+        least_scale: floor of every scale, row by row; 0: only a range of nothing but 0 is replaced, by the scale 1.
     """
 
     bits: int = 8
@@ -38,6 +39,7 @@ class Scheme:
     granularity: Granularity = "tensor"
     group_size: int | None = None
     dynamic: bool = False
+    least_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -82,11 +84,12 @@ class Scheme:
         return self.from_range(rows.amin(-1, keepdim=True) * shrink, rows.amax(-1, keepdim=True) * shrink)
 
     def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) of given ranges; a range of nothing but 0 has the scale 1."""
+        """(scale, zero_point) of given ranges; a range of nothing but 0 has the scale 1, or `least_scale`."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         smallest, largest = self.limits
         span = torch.maximum(-low, high) / largest if self.symmetric else (high - low) / (largest - smallest)
-        scale = torch.where(span > 0, span.clamp(min=_LEAST), torch.ones_like(span))
+        empty = self.least_scale or 1.0
+        scale = torch.where(span > 0, span.clamp(min=max(self.least_scale, _LEAST)), torch.full_like(span, empty))
         if self.symmetric:
             return scale, torch.zeros_like(scale)
         return scale, torch.round(-low / scale).clamp(smallest, largest)

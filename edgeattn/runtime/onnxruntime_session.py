@@ -17,6 +17,7 @@ from edgeattn.ops.registry import DOMAIN
 from edgeattn.runtime.session import Placement
 from edgeattn.runtime_plugins import cpu
 
+_FLOAT32_INPUTS = "1"
 _QUIET = 3  # errors only; warnings about optimised-model dumps are ours to cause and not the user's to read
 
 
@@ -51,6 +52,7 @@ class OnnxRuntimeSession:
         self.settings: dict[str, Any] = {
             "threads": threads, "graph_optimization_level": settings.get("graph_optimization_level", "all"),
             "provider": "CPUExecutionProvider", "plugin": None, "runtime_version": self._ort.__version__,
+            "inputs_of_4_bit_layers": "float32",
         }  # fmt: skip
         if self._wants_plugin and self._missing is None:
             info = cpu.plugin_info()
@@ -71,6 +73,8 @@ class OnnxRuntimeSession:
         }[self.settings["graph_optimization_level"]]  # fmt: skip
         options.intra_op_num_threads, options.inter_op_num_threads = self.settings["threads"], 1
         options.log_severity_level = _QUIET
+        # By default the runtime rounds the inputs of a layer with 4-bit weights to 8 bits, which nobody asked for.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_INPUTS)
         if self.settings["plugin"]:
             options.register_custom_ops_library(str(cpu.ort_library()))
         return options

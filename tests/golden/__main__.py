@@ -1,4 +1,6 @@
-"""`python -m tests.golden DIR...`: check every golden file in the folders, as a torch module and as exported ONNX."""
+"""`python -m tests.golden DIR...`: check every golden file in the folders: models as a torch module and as exported
+ONNX, quantization cases (a JSON with "method" and an .npz beside it) through the library's methods.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +8,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from tests.golden.quant.check import check_quant_file, is_quant_case
 from tests.golden.runner import check_file
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path(__file__).parent / "data"])
-    parser.add_argument("--no-onnx", action="store_true", help="check the torch module only")
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[Path(__file__).parent / "data", Path(__file__).parent / "quant"]
+    )
+    parser.add_argument("--no-onnx", action="store_true", help="check the torch module of models only")
     arguments = parser.parse_args()
     files = sorted(p for f in arguments.folders for p in ([f] if f.is_file() else f.glob("*.json")))
     failed = 0
     for path in files:
-        problems = check_file(path, onnx=not arguments.no_onnx)
+        problems = check_quant_file(path) if is_quant_case(path) else check_file(path, onnx=not arguments.no_onnx)
         failed += bool(problems)
         print(f"{'FAIL' if problems else 'ok  '} {path.name}", *problems, sep="\n     ")
     print(f"{len(files) - failed} passed, {failed} failed")

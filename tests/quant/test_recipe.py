@@ -21,10 +21,15 @@ def test_presets_round_trip_through_yaml(name, tmp_path):
     [
         ({"name": "x", "wieghts": None}, "unknown key 'wieghts', did you mean 'weights'"),
         ({"name": "x", "activations": {"observer": {"percentil": 9}}}, "unknown key 'activations.observer.percentil'"),
-        ({"name": "x", "weights": {"bits": 3}}, r"weights\.bits: Input should be 8 \(found 3\)"),
+        ({"name": "x", "weights": {"bits": 3}}, r"weights\.bits: Input should be 4 or 8 \(found 3\)"),
+        ({"name": "x", "weights": {"bits": 4, "granularity": "group"}}, "group needs a group_size"),
+        ({"name": "x", "weights": {"bits": 8, "granularity": "group", "group_size": 32}}, "groups are for 4-bit"),
+        ({"name": "x", "steps": [{"step": "equalise"}]}, "steps.0.*'equalize', 'smooth', 'prescale'"),
+        ({"name": "x", "steps": [{"step": "smooth", "alhpa": 1}]}, "alhpa.*did you mean 'alpha'"),
+        ({"name": "x", "rules": [{"modules": "a", "precision": "float", "weights": {}}]}, "not both"),
         ({}, "name: Field required"),
         ({"name": "x", "schema_version": 2}, "schema_version: Input should be 1"),
-        ({"name": "x", "activations": None}, "must both be set or both be null"),
+        ({"name": "x", "weights": None}, "activations cannot be quantized without weights"),
         ({"name": "x", "calibration": {"images": 0}}, "calibration.images"),
     ],
 )

@@ -53,10 +53,23 @@ def test_resuming_with_other_settings_is_refused(tmp_path, data):
         train(dataclasses.replace(CONFIG, learning_rate=1.0), *data, tmp_path)
 
 
+def test_a_run_begun_before_there_were_quantizers_goes_on(tmp_path, data):
+    with pytest.raises(Killed):
+        train(CONFIG, *data, tmp_path, kill_after(1))
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    for key in ("min_learning_rate", "subset", "qat", "weights", "cga_epochs"):
+        del state["config"][key]
+    del state["oscillation"]
+    torch.save(state, tmp_path / "resume.pt")
+    assert train(CONFIG, *data, tmp_path)["epoch"] == 3
+
+
 def test_wrong_data_and_divergence(tmp_path, data):
     with pytest.raises(DataError, match="has no labels"):
         train(CONFIG, [image for image, _ in data[0]], data[1], tmp_path)
     with pytest.raises(DataError, match="32 training images are fewer than one batch of 64"):
         train(dataclasses.replace(CONFIG, batch_size=64), *data, tmp_path)
+    with pytest.raises(DataError, match="8 training images are fewer than one batch of 16"):
+        train(dataclasses.replace(CONFIG, subset=8), *data, tmp_path)
     with pytest.raises(NumericError, match="loss is nan"):
         train(dataclasses.replace(CONFIG, learning_rate=1e30, warmup_share=0.0, epochs=6), *data, tmp_path)
