@@ -9,7 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(wildcard CMakeLists.txt edgeattn/runtime_plugins/cpu/CMakeLists.txt edgeattn/runtime_plugins/cpu/*.cpp \
   edgeattn/runtime_plugins/cpu/*.h edgeattn/runtime_plugins/cpu/kernels/*)
 
-.PHONY: install demo test test-all check bench clean
+CALIB ?= samples/eurosat64/calib
+VAL ?= samples/eurosat64/val
+
+.PHONY: install demo test test-all check bench bench-accuracy clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "edgeattn needs Python 3.11 or newer, found " + sys.version.split()[0])'
@@ -43,5 +46,10 @@ bench: $(VENV)/.installed
 	$(BIN)/edgeattn bench $(DEMO_OUT) --seconds 60
 	$(BIN)/python scripts/compare_plugin.py $(DEMO_OUT)
 
+# Minutes per model and recipe; the rivals are installed first.
+bench-accuracy: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python scripts/bench_accuracy.py bench-out --calib $(CALIB) --val $(VAL) --recipe w8a8 --recipe w4a8 --recipe w4a16
+
 clean:
-	rm -rf $(VENV) build $(DEMO_OUT)
+	rm -rf $(VENV) build $(DEMO_OUT) bench-out

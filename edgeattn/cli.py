@@ -83,6 +83,7 @@ def export_command(
     ] = False,
     heads: Annotated[str | None, typer.Option(help="VGGT: some of camera,depth,point,track; all by default.")] = None,
     views: Annotated[str | None, typer.Option(help="VGGT: number of views, or `dynamic` (the default).")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Measure what each part of the recipe gives.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
@@ -106,7 +107,7 @@ def export_command(
         module = _for_export(module, heads, views)
         bundle = export(
             module, target or ["onnxruntime"], out, recipe=quant, data=calib,
-            dynamic_size=dynamic_size, overwrite=overwrite, skip_bad=skip_bad, progress=progress,
+            dynamic_size=dynamic_size, overwrite=overwrite, skip_bad=skip_bad, explain=explain, progress=progress,
         )  # fmt: skip
     _print(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
 

@@ -1,16 +1,17 @@
 """Accuracy of our int8 and int4 beside ONNX Runtime's own quantizer and NNCF, on the same pictures, in both runtimes.
 
-    python scripts/bench_accuracy.py OUT --calib CALIB --val VAL [--model NAME] [--recipe w8a8] [--images 512]
+    python scripts/bench_accuracy.py OUT --calib CALIB --val VAL [--model NAME[=WEIGHTS]] [--recipe w8a8]
 
-Every model is one of samples/ with its trained weights. The rivals quantize our float32 ONNX file (our ops inlined)
-with their defaults: `quantize_static` after its preprocessing, `nncf.quantize`, and the latter told that the model is a
-transformer. Everything is compared with float32 in the same runtime, on the same pictures; the table and every number
-go to OUT/accuracy.md and OUT/accuracy.json.
+Every model of samples/ with its trained weights, or those named. The rivals quantize our float32 ONNX file (our ops
+inlined) with their defaults: `quantize_static` after its preprocessing, `nncf.quantize`, and the latter told that the
+model is a transformer. Everything is compared with float32 in the same runtime, on the same pictures; the table and
+every number go to OUT/accuracy.md and OUT/accuracy.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -33,8 +34,8 @@ from edgeattn.runtime.session import Session
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 MODELS = {
-    "efficientvit_m0": "efficientvit_m0_eurosat", "shvit_s1": "shvit_eurosat", "care_s0": "care_eurosat",
-    "litv2_s": "litv2_eurosat", "deit_tiny": "deit_eurosat",
+    "efficientvit_m0": "efficientvit_m0_eurosat", "care_s0": "care_eurosat", "litv2_s": "litv2_eurosat",
+    "deit_tiny": "deit_eurosat",
 }  # fmt: skip
 TARGETS = ("onnxruntime", "openvino")
 
@@ -87,12 +88,11 @@ RIVALS: dict[str, tuple[str, Callable[..., Path]]] = {
 
 
 def measure(
-    model: str, recipes: list[str], data: tuple[ImageSource, ImageSource], out: Path
+    model: str, weights: Path, recipes: list[str], data: tuple[ImageSource, ImageSource], out: Path
 ) -> Iterator[dict[str, Any]]:
     """One record per quantizer and runtime, float32 first."""
     calibration, validation = data
     bundles = {}
-    weights = SAMPLES / MODELS[model] / "model.safetensors"
     for recipe in recipes:
         started = time.monotonic()
         bundles[recipe] = export(
@@ -153,17 +153,21 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--calib", default=SAMPLES / "eurosat64" / "calib")
     parser.add_argument("--val", default=SAMPLES / "eurosat64" / "val")
-    parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument("--model", action="append", help="NAME of a shipped sample, or NAME=WEIGHTS")
     parser.add_argument("--recipe", action="append")
     parser.add_argument("--images", type=int, default=512)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("nncf") is None:
+        sys.exit("NNCF, one of the rivals, is not installed: pip install -e '.[bench]'.")
     logging.disable(logging.WARNING)
     data = open_source(arguments.calib).spread(arguments.images), open_source(arguments.val)
     records = []
-    for model in arguments.model or MODELS:
+    for given in arguments.model or MODELS:
+        model, _, file = given.partition("=")
+        weights = Path(file) if file else SAMPLES / MODELS[model] / "model.safetensors"
         folder = arguments.out / model
         folder.mkdir(parents=True, exist_ok=True)
-        for record in measure(model, arguments.recipe or ["w8a8"], data, folder):
+        for record in measure(model, weights, arguments.recipe or ["w8a8"], data, folder):
             print(json.dumps(record), flush=True)
             records.append(record)
     command = "python scripts/bench_accuracy.py " + " ".join(sys.argv[1:])

@@ -112,6 +112,8 @@ def _class_tables(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         classes = {
             variant: target["accuracy"].get(variant, {}).get("per_class", []) for variant in ("float32", "quantized")
         }
+        if not classes["quantized"]:
+            continue  # nothing to compare with
         rows = [
             {"name": old["name"], "images": old["images"], "float32": 100 * old["correct"] / old["images"],
              "quantized": 100 * new["correct"] / new["images"]}

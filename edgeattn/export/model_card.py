@@ -40,6 +40,18 @@ Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".forma
 - Not calibrated: floating point throughout.
 {% endif %}
 
+{% if m.steps %}
+## What each step gave
+
+| recipe so far | logits' SQNR (dB) | same class as float32 | seconds to build |
+| --- | ---: | ---: | ---: |
+{% for s in m.steps %}
+| {{ s["label"] }} | {{ "equal" if s["sqnr_db"] is none else "%.1f" | format(s["sqnr_db"]) }} \
+| {{ "%.1f %%" | format(100 * s["agreement"]) }} \
+| {{ "" if s["seconds"] is none else "%.1f" | format(s["seconds"]) }} |
+{% endfor %}
+
+{% endif %}
 ## Run it
 
 {% if m.task == "classification" %}

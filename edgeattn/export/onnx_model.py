@@ -159,7 +159,7 @@ def _pack_int4(model: onnx.ModelProto) -> None:
         tensor = stored[node.input[0]]
         codes = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
         tensor.CopyFrom(onnx.numpy_helper.from_array(codes, node.output[0]))
-        for value in [v for v in model.graph.value_info if v.name == node.input[0]]:
+        for value in [v for v in model.graph.value_info if v.name in (node.input[0], node.output[0])]:
             model.graph.value_info.remove(value)
         model.graph.node.remove(node)
 
@@ -246,7 +246,7 @@ def _attach_functions(model: onnx.ModelProto, opset: int) -> None:
     of its own: the op's name with the attribute's value, which the plugin knows too.
     """
     names: dict[str, dict[tuple[Any, ...], str]] = {}
-    types = _tensor_types(model)
+    types = tensor_types(model)
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
@@ -265,7 +265,7 @@ def _attach_functions(model: onnx.ModelProto, opset: int) -> None:
         model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
 
-def _tensor_types(model: onnx.ModelProto) -> dict[str, str]:
+def tensor_types(model: onnx.ModelProto) -> dict[str, str]:
     """numpy's name of the type of every tensor that states one."""
     stated = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     return {

@@ -60,6 +60,8 @@ def export(
     dynamic_size: bool = False,
     overwrite: bool = False,
     skip_bad: bool = False,
+    work: str | Path | None = None,
+    explain: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Quantize a model, compile it for each target, check each artefact on golden inputs, and write the bundle.
@@ -70,6 +72,7 @@ def export(
         data: calibration pictures (folder, .npz, iterable); also the source of the golden inputs.
         profile: device profile; None is this machine.
         dynamic_size: leave height and width free, in steps of 32 pixels; for models that take any size.
+        work, explain: see `quantize`.
         progress: called with (stage, done, total).
 
     Raises:
@@ -82,7 +85,8 @@ def export(
     with atomic_folder(out, overwrite) as folder:
         source = None if data is None else open_source(data, skip_bad)
         quantized = quantize(
-            model, recipe, source, targets=list(chosen), dynamic_size=dynamic_size, progress=progress
+            model, recipe, source, targets=list(chosen), dynamic_size=dynamic_size, work=work, explain=explain,
+            progress=progress,
         )  # fmt: skip
         variants: list[Variant] = ["float32", "quantized"] if quantized.recipe.has_variant else ["float32"]
         golden, tolerance = _golden(quantized, source, variants)
@@ -214,6 +218,7 @@ def _write_manifest(folder: Path, quantized: QuantizedModel, artifacts: list[Art
         "gate": quantized.recipe.gate,
         "precision": quantized.precision,
         "calibration": quantized.calibration,
+        "steps": list(quantized.steps),
         "tools": _tool_versions(),
         "artifacts": [artifact.entry for artifact in artifacts],
         **facts,

@@ -111,8 +111,10 @@ class DeiT(nn.Module):
 
     def fit_tensor(self, key: str, value: Tensor) -> tuple[Tensor, str] | None:
         """The position table of a checkpoint of another square size, resized bicubically; None for anything else."""
-        side = round((value.shape[1] - self.prefix_tokens) ** 0.5) if value.dim() == 3 else 0
-        if key != "pos_embed" or value.shape[1] != self.prefix_tokens + side**2:
+        if key != "pos_embed" or value.dim() != 3 or value.shape[1] <= self.prefix_tokens:
+            return None
+        side = round((value.shape[1] - self.prefix_tokens) ** 0.5)
+        if value.shape[1] != self.prefix_tokens + side**2:
             return None
         prefix, table = value.float().split([self.prefix_tokens, side**2], 1)
         table = table.transpose(1, 2).unflatten(2, (side, side))

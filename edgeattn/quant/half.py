@@ -20,7 +20,6 @@ from edgeattn.quant.float16_limits import op_name
 from edgeattn.quant.graph import add_attribute, aten, attribute, finish, is_call, module_path
 from edgeattn.quant.hazards import Hazard, analyse, is_move
 from edgeattn.quant.recipe import Recipe
-from edgeattn.runtime_plugins import cpu
 
 _WIDE, _HALF = torch.float32, torch.float16
 # Measured with ONNX Runtime 1.31 and OpenVINO 2026.4 on x86: the optimised graphs hold float32 nodes and Casts only.
@@ -57,8 +56,6 @@ def build(graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator, targets
         rule = recipe.rule_for(module_path(node)) if node.op == "call_function" else None
         if rule is not None and rule.is_float and not is_move(node):
             kept[node] = rule.reason or f"rule {rule.modules!r}"
-        elif "onnxruntime" in targets and _onnx_name(node) in cpu.KERNELS:
-            kept[node] = "the CPU plugin of ONNX Runtime has a float32 kernel of it only"
     made = to_half(graph, analyse(graph, calibrator), kept)
     return dataclasses.replace(made, notes=made.notes + [_RUNTIME_NOTES[t] for t in targets if t in _RUNTIME_NOTES])
 

@@ -41,6 +41,7 @@ class Plan:
         attention: custom ops with int8 weights and floating-point activations.
         kept_float: module path to the reason, for layers that a rule leaves in floating point.
         activations: whether the inputs of the layers are quantized.
+        float_inputs: layers whose inputs are not, although those of others are.
     """
 
     tensors: tuple[fx.Node, ...]
@@ -49,22 +50,24 @@ class Plan:
     attention: tuple[tuple[fx.Node, OpSpec], ...]
     kept_float: dict[str, str]
     activations: bool
+    float_inputs: frozenset[fx.Node] = frozenset()
 
     def summary(self, graph: fx.GraphModule) -> dict[str, int]:
         """How many compute nodes run in which precision; weights of 4 bits are not computed with in 4 bits."""
         counts: Counter[str] = Counter()
-        for scheme in self.weighted.values():
-            counts[self._label(scheme)] += 1
+        for node, scheme in self.weighted.items():
+            counts[self._label(scheme, self.activations and node not in self.float_inputs)] += 1
         counts["int8"] += len(self.adds)
         counts["attention: int8 weights, float32 activations"] = len(self.attention)
         weighted = [n for n in graph.graph.nodes if is_call(n, *_WEIGHTED)]
         counts["float32"] = len(weighted) - len(self.weighted)
         return {key: value for key, value in counts.items() if value}
 
-    def _label(self, scheme: WeightScheme) -> str:
-        if scheme.bits == 8 and self.activations:
+    @staticmethod
+    def _label(scheme: WeightScheme, activations: bool) -> str:
+        if scheme.bits == 8 and activations:
             return "int8"
-        inputs = "int8 inputs, computed in float32" if self.activations else "float32 activations"
+        inputs = "int8 inputs, computed in float32" if activations else "float32 activations"
         return f"int{scheme.bits} weights, {inputs}"
 
 
@@ -79,6 +82,7 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
     adds: list[fx.Node] = []
     attention: list[tuple[fx.Node, OpSpec]] = []
     kept: dict[str, str] = {}
+    float_inputs: set[fx.Node] = set()
     check_rules(graph, recipe)
     assert recipe.weights is not None
     for node in graph.graph.nodes:
@@ -98,11 +102,14 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
             assert weight is not None
             scheme = rule.weights if rule is not None and rule.weights is not None else recipe.weights
             weighted[node] = weights.resolve(scheme, weight, path)
+            if rule is not None and rule.activations == "float":
+                float_inputs.add(node)
         elif recipe.activations is not None and recipe.weights.bits == 8 and recipe.residual == "int8":
             adds.append(node)
     has_activations = recipe.activations is not None
-    tensors = _quantized_tensors(graph, weighted, adds, recipe.weights.bits == 8) if has_activations else ()
-    return Plan(tensors, weighted, tuple(adds), tuple(attention), kept, has_activations)
+    wanted = [node for node in weighted if node not in float_inputs]
+    tensors = _quantized_tensors(graph, wanted, adds, recipe.weights.bits == 8) if has_activations else ()
+    return Plan(tensors, weighted, tuple(adds), tuple(attention), kept, has_activations, frozenset(float_inputs))
 
 
 def _kind(graph: fx.GraphModule, node: fx.Node, specs: dict[str, OpSpec]) -> str | None:
@@ -147,22 +154,24 @@ def _is_activation(value: object) -> bool:
 
 
 def _quantized_tensors(
-    graph: fx.GraphModule, weighted: dict[fx.Node, WeightScheme], adds: list[fx.Node], outputs: bool
+    graph: fx.GraphModule, weighted: list[fx.Node], adds: list[fx.Node], outputs: bool
 ) -> tuple[fx.Node, ...]:
-    """Inputs of the quantized nodes; where `outputs`, so that they compute in int8, what they give as well, behind its
-    ReLU if that is all that reads it."""
+    """Inputs of the quantized nodes; where `outputs`, also what convolutions and additions give (behind its ReLU, if
+    that is all that reads it): they compute in int8 only then. Matrix products give floats from integers for free.
+    """
     output = next(n for n in graph.graph.nodes if n.op == "output")
     chosen: set[fx.Node] = set()
     for node in [*weighted, *adds]:
         data = node.args[:1] if node in weighted else node.args[:2]
         chosen.update(arg for arg in data if isinstance(arg, fx.Node))
-        if outputs:
-            chosen.add(_after_activation(node))
+        if outputs and not is_call(node, aten.linear.default):
+            chosen.add(after_activation(node))
     # Logits stay in float: the last layer's integer result is scaled once, without another rounding.
     return tuple(n for n in graph.graph.nodes if n in chosen and set(n.users) != {output})
 
 
-def _after_activation(node: fx.Node) -> fx.Node:
+def after_activation(node: fx.Node) -> fx.Node:
+    """The ReLU behind a node if that is all that reads it, else the node."""
     users = list(node.users)
     return users[0] if len(users) == 1 and is_call(users[0], *_FUSED_ACTIVATIONS) else node
 
@@ -175,11 +184,13 @@ class Statistics:
         ranges: (low, high) of every tensor of the plan.
         input_means: mean of each input channel per layer, where bias correction is wanted.
         hessians: of each layer's inputs, where GPTQ is wanted.
+        stored: weights that a step has put on their grid already.
     """
 
     ranges: Mapping[fx.Node, tuple[float, float]]
     input_means: Mapping[fx.Node, Tensor]
     hessians: Mapping[fx.Node, Tensor]
+    stored: Mapping[fx.Node, weights.QuantizedWeight] = dataclasses.field(default_factory=dict)
 
 
 def insert(graph: fx.GraphModule, chosen: Plan, seen: Statistics, recipe: Recipe) -> None:
@@ -191,7 +202,7 @@ def insert(graph: fx.GraphModule, chosen: Plan, seen: Statistics, recipe: Recipe
         _insert_pair(graph, node, chosen, parameters, scales)
     method = next((step for step in recipe.steps if isinstance(step, Gptq)), None)
     for node, scheme in chosen.weighted.items():
-        _quantize_layer(graph, node, scheme, scales, seen, method)
+        _quantize_layer(graph, node, scheme, {} if node in chosen.float_inputs else scales, seen, method)
     for node, spec in chosen.attention:
         _quantize_custom(graph, node, spec)
     finish(graph)
@@ -213,7 +224,7 @@ def _insert_pair(
         codes = graph.graph.call_function(torch.ops.edgeattn.quantize.default, (node, scale_node, zero_node))
         values = graph.graph.call_function(torch.ops.edgeattn.dequantize.default, (codes, scale_node, zero_node))
     source = node.args[0] if is_call(node, *_FUSED_ACTIVATIONS) else node
-    quantized = {*chosen.weighted, *chosen.adds}
+    quantized = {*chosen.weighted, *chosen.adds} - chosen.float_inputs
     readers = {user for user in node.users if source in quantized or user in quantized}
     node.replace_all_uses_with(values, delete_user_cb=lambda user: user in readers and user is not codes)
     values.meta["val"] = node.meta.get("val")
@@ -231,6 +242,19 @@ def _dequantized(graph: fx.GraphModule, name: str, codes: Tensor, scale: Tensor,
         return graph.graph.call_function(torch.ops.edgeattn.dequantize.default, tuple(nodes))
 
 
+def rounded(
+    graph: fx.GraphModule, node: fx.Node, scheme: WeightScheme, input_scale: Tensor | None,
+    hessian: Tensor | None, method: Gptq | None,
+) -> weights.QuantizedWeight:  # fmt: skip
+    """A layer's weight on its grid; `input_scale` is that of its quantized input, if it has one."""
+    weight = attribute(graph, node.args[1])
+    bias = attribute(graph, node.args[2]) if len(node.args) > 2 else None
+    assert weight is not None
+    has_integer_bias = scheme.bits == 8 and input_scale is not None and bias is not None
+    floor = weight_scale_floor(bias, input_scale) if has_integer_bias else None  # type: ignore[arg-type]
+    return weights.quantize(weight, scheme, floor, hessian, method)
+
+
 def _quantize_layer(
     graph: fx.GraphModule, node: fx.Node, scheme: WeightScheme, scales: dict[fx.Node, Tensor],
     seen: Statistics, method: Gptq | None,
@@ -240,8 +264,7 @@ def _quantize_layer(
     input_scale = scales.get(node.args[0])  # type: ignore[arg-type]
     assert weight is not None
     in_integers = scheme.bits == 8 and input_scale is not None
-    floor = weight_scale_floor(bias, input_scale) if in_integers and bias is not None else None  # type: ignore[arg-type]
-    stored = weights.quantize(weight, scheme, floor, seen.hessians.get(node), method)
+    stored = seen.stored.get(node) or rounded(graph, node, scheme, input_scale, seen.hessians.get(node), method)
     path = module_path(node)
     if node in seen.input_means:
         change = weights.correction(weight, stored, seen.input_means[node])

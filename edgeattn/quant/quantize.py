@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from edgeattn.data.interface import Interface, classifier_interface, interface_of
@@ -21,7 +24,18 @@ from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import aten, capture, is_call, module_path
 from edgeattn.quant.methods.gptq import Hessian
 from edgeattn.quant.observers import InputMean, Observer
-from edgeattn.quant.recipe import BiasCorrection, Equalize, Gptq, Prescale, Recipe, Revert, Smooth, load_recipe
+from edgeattn.quant.recipe import (
+    BiasCorrection,
+    Equalize,
+    Gptq,
+    Prescale,
+    Recipe,
+    Reconstruct,
+    Revert,
+    Smooth,
+    load_recipe,
+)
+from edgeattn.quant.reconstruct import reconstruct
 from edgeattn.quant.revert import Reverting
 from edgeattn.quant.rewrite import equalize, prescale, smooth
 
@@ -41,6 +55,7 @@ class QuantizedModel:
         precision: compute nodes by precision.
         calibration: images seen, digest of their pixels, observer; None for a float recipe.
         notes: one line for everything that was decided for the user.
+        steps: what each part of the recipe gave (see ablation.StepEffect), where that was asked for.
     """
 
     name: str
@@ -55,6 +70,7 @@ class QuantizedModel:
     precision: dict[str, int]
     calibration: dict[str, Any] | None
     notes: tuple[str, ...]
+    steps: tuple[dict[str, Any], ...] = ()
 
 
 def quantize(
@@ -65,6 +81,8 @@ def quantize(
     targets: list[str] | None = None,
     dynamic_size: bool = False,
     skip_bad: bool = False,
+    work: str | Path | None = None,
+    explain: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Fold, calibrate on real pictures and quantize a model. The given model is not changed.
@@ -75,6 +93,8 @@ def quantize(
         data: folder, .npz, or iterable of pictures; needed unless the recipe is float32.
         targets: what the result will run on; decides the signedness of activations.
         dynamic_size: leave height and width free.
+        work: folder for what a long step has finished, so that a run that was stopped goes on there.
+        explain: also measure what each part of the recipe gives; builds the model once for each.
         progress: called with (stage, done, total).
 
     Raises:
@@ -96,17 +116,21 @@ def quantize(
     notes = list(getattr(model, "notes", []))
     notes.append("folded: " + (", ".join(f"{count} {what}" for what, count in folds.items() if count) or "nothing"))
     graph, precision, calibration = float_graph, {"float32": _count_layers(float_graph)}, None
+    steps: tuple[dict[str, Any], ...] = ()
     source = None if not chosen.has_variant and data is None else open_source(data, skip_bad)
     if chosen.has_variant:
         assert source is not None and preprocessing is not None
-        calibrator = Calibrator(source, chosen, preprocessing, progress)
+        given, calibrator = chosen, Calibrator(source, chosen, preprocessing, progress)
         if chosen.is_float:
             made = half.build(float_graph, chosen, calibrator, targets or ["onnxruntime"])
             built = Built(made.graph, chosen, made.precision, made.notes)
         else:
-            built = build(float_graph, chosen, calibrator)
+            built = build(float_graph, chosen, calibrator, work=None if work is None else Path(work), progress=progress)
         graph, chosen, precision, calibration = built.graph, built.recipe, built.precision, calibrator.facts(chosen)
         notes += built.notes
+        if explain and not given.is_float:
+            steps, note = _explained(float_graph, graph, given, source, calibrator, preprocessing, progress)
+            notes.append(note)
         if calibrator.images < min(_FEW_IMAGES, chosen.calibration.images):
             notes.append(f"calibrated on {calibrator.images} images only; 512 or more give steadier ranges")
     class_names = _class_names(model, graph, source, notes)
@@ -114,8 +138,22 @@ def quantize(
         name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=graph, recipe=chosen,
         interface=interface, preprocessing=preprocessing, class_names=class_names,
         config=getattr(model, "config", {}), parameters=sum(p.numel() for p in model.parameters()),
-        precision=precision, calibration=calibration, notes=tuple(notes),
+        precision=precision, calibration=calibration, notes=tuple(notes), steps=steps,
     )  # fmt: skip
+
+
+def _explained(
+    float_graph: fx.GraphModule, graph: fx.GraphModule, recipe: Recipe, source: ImageSource, calibrator: Calibrator,
+    preprocessing: Preprocessing, progress: Progress | None,
+) -> tuple[tuple[dict[str, Any], ...], str]:  # fmt: skip
+    """What each part of a recipe gives, and a note on the pictures."""
+    from edgeattn.quant.ablation import ablation, held_aside  # which builds its models with this module
+
+    shown, note = held_aside(source, calibrator)
+    pictures = torch.stack([torch.from_numpy(preprocessing(sample.image)) for sample in shown])
+    calibrator_for = functools.partial(Calibrator, source, preprocessing=preprocessing)
+    effects = ablation(float_graph, recipe, calibrator_for, pictures, graph, progress)
+    return tuple(effect.to_dict() for effect in effects), note
 
 
 def _free_size(model: nn.Module) -> Interface:
@@ -156,8 +194,11 @@ class Built:
     notes: list[str]
 
 
-def build(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> Built:
-    """Apply a recipe to a copy of a folded float graph.
+def build(
+    float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator, *,
+    work: Path | None = None, progress: Progress | None = None,
+) -> Built:  # fmt: skip
+    """Apply a recipe to a copy of a folded float graph; `work` as in `quantize`.
 
     Raises:
         RecipeError: nothing is left to quantize, a rule matches nothing, a group size does not fit.
@@ -181,6 +222,9 @@ def build(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -
         chosen = placement.plan(graph, recipe)
     notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
     precision = chosen.summary(graph)
+    if any(isinstance(step, Reconstruct) for step in recipe.steps):
+        seen, done = reconstruct(graph, chosen, seen, recipe, calibrator, work, progress)
+        notes.append(done)
     placement.insert(graph, chosen, seen, recipe)
     return Built(graph, recipe, precision, notes)
 
@@ -228,7 +272,7 @@ def _observe(
         if Gptq in steps and scheme.bits == 4:
             hessians[node] = Hessian()
             watch.setdefault(tensor, []).append(_channels_last(hessians[node].update, axis))
-    if watch:
+    if watch or Reconstruct in steps:  # the latter wants its pictures' digest in the manifest
         calibrator.run(graph, watch)
     return placement.Statistics(
         ranges={node: observer.range() for node, observer in observers.items()},

@@ -104,6 +104,21 @@ class Gptq(_Strict):
     percdamp: float = pydantic.Field(default=0.01, gt=0)
 
 
+class Reconstruct(_Strict):
+    """Rounding of weights learned on pictures, so that a layer or residual block gives what it gives in float32.
+
+    Takes the place of gptq, and of bias_correction: that looks at float inputs, and takes back what rounding made up
+    for of earlier layers' errors. `images` of the calibration pictures are used; `iterations` are per layer or block.
+    """
+
+    step: Literal["reconstruct"] = "reconstruct"
+    unit: Literal["layer", "block"] = "layer"
+    iterations: int = pydantic.Field(default=500, ge=1)
+    learning_rate: float = pydantic.Field(default=0.2, gt=0)
+    images: int = pydantic.Field(default=128, ge=1)
+    batch_size: int = pydantic.Field(default=16, ge=1)
+
+
 class Prescale(_Strict):
     """SmoothQuant by a multiplication of its own, where no layer in front can take the scale (a concatenation, say)."""
 
@@ -128,20 +143,23 @@ class Revert(_Strict):
     otherwise: tuple[Prescale, ...] = (Prescale(),)
 
 
-Step = Annotated[Equalize | Smooth | Prescale | BiasCorrection | Gptq | Revert, pydantic.Field(discriminator="step")]
+Step = Annotated[
+    Equalize | Smooth | Prescale | BiasCorrection | Gptq | Reconstruct | Revert, pydantic.Field(discriminator="step")
+]
 
 
 class Rule(_Strict):
     """Modules (shell pattern on the model's own names) that are treated differently, and why.
 
     The first rule that matches decides. `precision: float` leaves them in floating point; `weights` replaces the
-    recipe's weight scheme (a rule without either means float). A pattern that matches nothing is an
-    error unless it is `optional`.
+    recipe's weight scheme (a rule without either means float), and `activations: float` leaves the inputs of these
+    layers in floating point. A pattern that matches nothing is an error unless it is `optional`.
     """
 
     modules: str
     precision: Literal["float"] | None = None
     weights: WeightScheme | None = None
+    activations: Literal["inherit", "float"] = "inherit"
     reason: str = ""
     optional: bool = False
 
@@ -186,6 +204,8 @@ class Recipe(_Strict):
             raise ValueError("activations cannot be quantized without weights; set weights, or activations: null")
         if self.weights is not None and self.float_type == "float16":
             raise ValueError("float_type float16 is for models without integers; set weights and activations to null")
+        if {"gptq", "reconstruct"} <= {step.step for step in self.steps}:
+            raise ValueError("steps gptq and reconstruct both round the weights; name one of them")
         return self
 
     @property
@@ -201,9 +221,10 @@ class Recipe(_Strict):
     @property
     def formats(self) -> tuple[str, ...]:
         """Bits of weights and activations in use, as w8a8; 16 stands for floating point."""
-        schemes = [self.weights, *(rule.weights for rule in self.rules)]
-        bits = sorted({scheme.bits for scheme in schemes if scheme is not None})
-        return () if self.is_float else tuple(f"w{b}a{16 if self.activations is None else 8}" for b in bits)
+        schemes = [(self.weights, "inherit"), *((rule.weights, rule.activations) for rule in self.rules)]
+        wide = self.activations is None
+        found = {(w.bits, 16 if wide or inputs == "float" else 8) for w, inputs in schemes if w is not None}
+        return () if self.is_float else tuple(f"w{weights}a{inputs}" for weights, inputs in sorted(found))
 
     def rule_for(self, module: str) -> Rule | None:
         """The first rule whose pattern matches a module path."""
@@ -323,6 +344,7 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
         "weights": WeightScheme, "activations": ActivationScheme, "calibration": Calibration,
         "observer": ObserverSettings, "rules": Rule, "equalize": Equalize, "smooth": Smooth,
         "bias_correction": BiasCorrection, "gptq": Gptq, "prescale": Prescale, "revert": Revert,
+        "reconstruct": Reconstruct,
     }  # fmt: skip
     named = [part for part in location if part in models]
     return list((models[named[-1]] if named else Recipe).model_fields)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from edgeattn.quant.graph import module_path
-from edgeattn.quant.placement import Plan
+from edgeattn.quant.placement import Plan, after_activation
 from edgeattn.quant.recipe import Recipe, Revert, Rule
 from edgeattn.quant.sensitivity import StandIn, noise_alone, stand_ins
 from edgeattn.quant.weights import INT8
@@ -95,7 +95,12 @@ class Reverting:
 
         class Quantized(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                return stands[n].output(self.env) if n in stands else super().run_node(n)
+                if n in stands:
+                    return stands[n].output(self.env)
+                source = n.args[0] if n.args else None
+                behind = isinstance(source, fx.Node) and source in stands and after_activation(source) is n
+                value = super().run_node(n)
+                return stands[source].on_grid(n, value) if behind else value  # type: ignore[index]
 
         result = Quantized(self.graph).run(self.pictures)
         return result[0] if isinstance(result, (tuple, list)) else result

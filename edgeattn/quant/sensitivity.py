@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgeattn.data.interface import interface_of
-from edgeattn.data.source import ImageSource, open_source
+from edgeattn.data.source import open_source
 from edgeattn.errors import UsageError
 from edgeattn.models.folding import fuse_attention
 from edgeattn.quant import placement, weights
 from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import aten, attribute, capture, is_call, module_path
+from edgeattn.quant.labels import label_tensor
 from edgeattn.quant.observers import Observer
 from edgeattn.quant.quantizer import activation_parameters
 from edgeattn.quant.recipe import Recipe, load_recipe
@@ -74,13 +75,16 @@ def sensitivity(
 ) -> list[LayerSensitivity]:
     """Quantize every layer that a recipe would quantize, one at a time, and look at the logits; in graph order.
 
+    Weights are rounded to nearest: what the recipe's steps would win back is not counted.
+
     Args:
         model: a classifier (see `quantize`). data: calibration pictures; with labels for loss and second order.
         images: pictures that the effect is measured on, spread over the data.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: not a classifier, or a recipe that quantizes nothing. RecipeError, DataError: as `quantize`.
+        UsageError: not a classifier, or a recipe that quantizes nothing. DataError: labels that do not fit the model.
+        RecipeError, DataError: as `quantize`.
     """
     chosen = load_recipe(recipe).for_targets(["onnxruntime"])
     model = getattr(model, "for_export", lambda: model)()
@@ -95,25 +99,26 @@ def sensitivity(
     plan = placement.plan(graph, chosen)
     ranges = observed_ranges(graph, plan, chosen, Calibrator(source, chosen, preprocessing, progress))
     layers = stand_ins(graph, plan, chosen, ranges)
-    seen = _Sums()
+    if not layers:
+        raise UsageError(f"recipe {chosen.name!r} quantizes nothing of this model; its rules leave every layer float.")
+    seen, classes = _Sums(), next(iter(reversed(graph.graph.nodes))).all_input_nodes[0].meta["val"].shape[-1]
     shown = list(source.spread(images))
     for start in range(0, len(shown), _BATCH):
         samples = shown[start : start + _BATCH]
         pictures = torch.stack([torch.from_numpy(preprocessing(sample.image)) for sample in samples])
-        labels = _labels(source, [sample.label for sample in samples])
+        labels = label_tensor(source, samples, getattr(model, "class_names", None), classes)
         seen.add(graph, layers, pictures, labels)
         if progress:
             progress("sensitivity", start + len(samples), len(shown))
     return [seen.result(graph, layer) for layer in layers]
 
 
-def _labels(source: ImageSource, labels: list[int | None]) -> Tensor | None:
-    return torch.tensor(labels) if source.labelled else None
-
-
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """A node and what it would compute if it were quantized: arguments on their grids."""
+    """A node and what it would compute if it were quantized: arguments and result on their grids.
+
+    The grid of a result that only a ReLU reads is the ReLU's.
+    """
 
     node: fx.Node
     kind: str
@@ -124,12 +129,13 @@ class StandIn:
 
     def output(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """What the node gives on the grids."""
-        arguments = list(fx.map_arg(self.node.args, lambda n: self._on_grid(n, values[n])))
+        arguments = list(fx.map_arg(self.node.args, lambda n: self.on_grid(n, values[n])))
         for index, weight in self.weight.items():
             arguments[index] = weight
-        return self.node.target(*arguments, **self.node.kwargs)  # type: ignore[operator]
+        return self.on_grid(self.node, self.node.target(*arguments, **self.node.kwargs))  # type: ignore[operator]
 
-    def _on_grid(self, node: fx.Node, value: Any) -> Any:
+    def on_grid(self, node: fx.Node, value: Any) -> Any:
+        """A tensor's value on its grid, if it has one here."""
         if node not in self.grids:
             return value
         codes = torch.ops.edgeattn.quantize(value, *self.grids[node])
@@ -169,7 +175,9 @@ def stand_ins(
             stored, kind = {}, "add"
         else:
             continue
-        own = {arg: grids[arg] for arg in node.args[:2] if isinstance(arg, fx.Node) and arg in grids}
+        near = [*node.args[:2], *({placement.after_activation(node)} if node not in attention else ())]
+        near = [n for n in near if isinstance(n, fx.Node) and n in grids and node not in plan.float_inputs]
+        own = {n: grids[n] for n in near}
         labels = next((s.label for s in stored.values()), "float32"), "int8" if own else "float32"
         sizes = sum(s.size_bytes for s in stored.values()), sum(4 * s.codes.numel() for s in stored.values())
         layers.append(StandIn(node, kind, {i: s.values for i, s in stored.items()}, own, labels, sizes))
@@ -202,22 +210,22 @@ class _Sums:
 
     def add(self, graph: fx.GraphModule, layers: list[StandIn], pictures: Tensor, labels: Tensor | None) -> None:
         """One batch: float32 with gradients once, then every layer's change through the nodes behind it."""
-        values, gradients = _run(graph, pictures, labels, {layer.node for layer in layers})
+        values, gradients = _run(graph, pictures, labels, [layer.node for layer in layers])
         output = next(n for n in graph.graph.nodes if n.op == "output")
-        logits = _first(values[output])
+        logits = _first(values[output]).detach()
         self.images += len(pictures)
         self.signal += float(logits.square().sum())
         self.has_labels &= labels is not None
-        plain = logits.log_softmax(1)
+        plain = logits.double().log_softmax(1)
         with torch.no_grad():
             for layer in layers:
                 changed = layer.output(values)
                 got = _first(_rerun(graph, values, layer.node, changed)[output])
                 self.noise[layer.node] += float((got - logits).square().sum())
-                self.kl[layer.node] += float(F.kl_div(got.log_softmax(1), plain, reduction="sum", log_target=True))
+                kl = F.kl_div(got.double().log_softmax(1), plain, reduction="sum", log_target=True)
+                self.kl[layer.node] += max(0.0, float(kl))
                 if labels is not None:
-                    rise = _loss(got, labels) - _loss(logits, labels)
-                    self.loss[layer.node] += float(rise)
+                    self.loss[layer.node] += float(_loss(got, labels) - _loss(logits, labels))
                     error = (changed - values[layer.node]).square()
                     self.second[layer.node] += 0.5 * float((gradients[layer.node].square() * error).sum())
 
@@ -243,7 +251,7 @@ def _first(result: Any) -> Tensor:
 
 
 def _run(
-    graph: fx.GraphModule, pictures: Tensor, labels: Tensor | None, wanted: set[fx.Node]
+    graph: fx.GraphModule, pictures: Tensor, labels: Tensor | None, wanted: list[fx.Node]
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
     """Every node's value, and the gradient of each picture's loss at the wanted ones."""
     values: dict[fx.Node, Any] = {}
@@ -251,19 +259,26 @@ def _run(
     class Keep(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if n in wanted and labels is not None:
-                value = value if value.requires_grad else value.requires_grad_()
-                value.retain_grad()
+            if n in wanted and labels is not None and not value.requires_grad:
+                value.requires_grad_()
             values[n] = value
             return value
 
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return _call(target, args, kwargs)
+
     with torch.set_grad_enabled(labels is not None):
         result = _first(Keep(graph, garbage_collect_values=False).run(pictures))
-        if labels is not None:
-            _loss(result, labels).backward()
-    gradients = {node: values[node].grad for node in wanted if labels is not None}
-    graph.zero_grad()
-    return fx.node.map_aggregate(values, lambda v: v.detach() if isinstance(v, Tensor) else v), gradients  # type: ignore
+        if labels is None:
+            return values, {}
+        found = torch.autograd.grad(_loss(result, labels), [values[n] for n in wanted], materialize_grads=True)
+    return values, dict(zip(wanted, found, strict=True))
+
+
+def _call(target: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """A call that leaves its arguments alone: they are kept, and an operator in place writes into its first."""
+    schema = getattr(target, "_schema", None)
+    return target(args[0].clone(), *args[1:], **options) if schema and schema.is_mutable else target(*args, **options)
 
 
 def _rerun(graph: fx.GraphModule, values: Mapping[fx.Node, Any], node: fx.Node, value: Tensor) -> dict[fx.Node, Any]:
@@ -273,7 +288,7 @@ def _rerun(graph: fx.GraphModule, values: Mapping[fx.Node, Any], node: fx.Node, 
         if later is node or not any(arg in changed for arg in later.all_input_nodes):
             continue
         arguments, options = fx.map_arg((later.args, later.kwargs), lambda n: changed[n] if n in changed else values[n])
-        changed[later] = arguments[0] if later.op == "output" else later.target(*arguments, **options)
+        changed[later] = arguments[0] if later.op == "output" else _call(later.target, arguments, options)
     return changed
 
 
@@ -281,5 +296,6 @@ def block_key(graph: fx.GraphModule, node: fx.Node) -> str:
     """Equal for nodes that do the same on tensors of the same shapes, at the same place under a numbered module."""
     path = (module_path(node) or node.name).split(".")
     place = ".".join("#" if part.isdigit() else part for part in path)
-    shapes = [str(getattr(arg.meta.get("val"), "shape", "")) for arg in node.all_input_nodes]
-    return hashlib.sha256("|".join([place, str(node.target), *shapes]).encode()).hexdigest()[:12]
+    tensors = [str(getattr(arg.meta.get("val"), "shape", "")) for arg in (node, *node.all_input_nodes)]
+    others = [str(arg) for arg in node.args if not isinstance(arg, fx.Node)]
+    return hashlib.sha256("|".join([place, str(node.target), *tensors, *others]).encode()).hexdigest()[:12]

@@ -66,7 +66,8 @@ class TensorEntry(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative with forward slashes; times are UTC.
 
-    `golden_tolerance` is per variant and output; `nodes` counts the ONNX nodes of a variant by op type.
+    `golden_tolerance` is per variant and output; `nodes` counts the ONNX nodes of a variant by op type;
+    `steps` is what each part of the recipe gave, where that was asked for.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -91,6 +92,7 @@ class Manifest(_Strict):
     nodes: dict[str, dict[str, int]] = {}
     artifacts: list[ArtifactEntry]
     notes: list[str] = []
+    steps: list[dict[str, Any]] = []
     files: dict[str, FileEntry]
 
 

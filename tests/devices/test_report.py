@@ -101,6 +101,14 @@ def test_summary_rows_are_the_same_from_result_and_record(checked):
     assert (first["top1"], second["agreement"], second["p50_ms"], second["p90_ms"]) == (100, 100, 1, 1)
 
 
+def test_a_bundle_with_nothing_quantized_has_a_report(checked):
+    record = next(r for r in read_results(checked[0].path / "results.jsonl").records if r["kind"] == "eval")
+    for target in record["targets"]:
+        for part in ("accuracy", "placement", "settings", "size_bytes"):
+            target.get(part, {}).pop("quantized", None)
+    assert "float32" in render_report(checked[0], ResultsFile((record,)))
+
+
 def test_many_classes_are_cut_to_the_most_changed(checked):
     bundle, _ = checked
     record = read_results(bundle.path / "results.jsonl").records[0]

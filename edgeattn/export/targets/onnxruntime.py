@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from edgeattn.export.onnx_model import tensor_types
 from edgeattn.export.target import Artifact, Draft
 from edgeattn.ops.registry import DOMAIN, spec_name
 from edgeattn.runtime.bundle import ArtifactEntry, Variant
@@ -38,7 +39,11 @@ class OnnxRuntimeTarget:
 
 
 def _has_kernels(draft: Draft, variant: Variant) -> bool:
-    """Whether every custom node of the model is an op that the plugin runs."""
-    nodes = onnx.load(draft.folder / draft.onnx[variant], load_external_data=False).graph.node
-    used = {spec_name(node.op_type) for node in nodes if node.domain == DOMAIN}
+    """Whether every custom node of the model is an op that the plugin runs, on float32."""
+    model = onnx.load(draft.folder / draft.onnx[variant], load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    types = tensor_types(model)
+    if any(types.get(node.input[0], "float32") != "float32" for node in nodes):
+        return False
+    used = {spec_name(node.op_type) for node in nodes}
     return bool(used) and used <= cpu.KERNELS

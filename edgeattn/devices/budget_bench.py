@@ -1,0 +1,233 @@
+"""What a recipe costs on this machine: milliseconds against float32 in turns, bytes, and points of top-1 lost."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import fx, nn
+
+from edgeattn.data.files import atomic_file
+from edgeattn.data.interface import IMAGE, LOGITS, interface_of
+from edgeattn.data.source import ImageSource
+from edgeattn.devices.accuracy import evaluate
+from edgeattn.devices.latency import measure_latency
+from edgeattn.devices.results import machine_facts
+from edgeattn.errors import DeviceError
+from edgeattn.export.onnx_model import save_onnx
+from edgeattn.export.target import Artifact, Draft, get_target
+from edgeattn.models.folding import fuse_attention
+from edgeattn.models.sources import cache_folder
+from edgeattn.quant import placement
+from edgeattn.quant.calibration import Calibrator
+from edgeattn.quant.fold import fold
+from edgeattn.quant.graph import capture
+from edgeattn.quant.quantize import quantize
+from edgeattn.quant.recipe import Calibration, Recipe
+from edgeattn.quant.sensitivity import observed_ranges
+from edgeattn.runtime.bundle import Variant
+from edgeattn.runtime.onnxruntime_session import available_threads
+from edgeattn.runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+CACHE = "layer_latency.json"
+_SCHEMA_VERSION = 1
+_FILES: dict[Variant, str] = {"float32": "reference.onnx", "quantized": "model.onnx"}
+_RANGE_IMAGES = 16  # ranges do not change how long a graph takes
+
+
+class Measurer(Protocol):
+    """Measures recipes for one model on some targets; tests have one with known answers."""
+
+    targets: tuple[str, ...]
+
+    def bytes(self, recipe: Recipe) -> int:
+        """Of the artefact of a recipe without its steps, the largest of the targets'."""
+        ...
+
+    def timing(self, recipe: Recipe, target: str) -> tuple[float, float]:
+        """Median milliseconds of float32 and of a recipe without its steps, measured in turns."""
+        ...
+
+    def outcome(self, recipe: Recipe, wanted: Collection[str]) -> dict[str, float]:
+        """`size` in bytes, and where wanted `latency` in ms and `drop` in points: of the finished model, on the target
+        that is worst."""
+        ...
+
+
+class Bench:
+    """The `Measurer` of this machine. Use it in a `with` block: it keeps files in a temporary folder.
+
+    Args:
+        source: calibration pictures; labels for `drop`.
+        base: recipe whose ranges are used; every recipe that is timed quantizes no other tensors.
+        threads: of the runtimes; None: all processors.
+        seconds: time budget of each comparison.
+        cache: file of timings; None: in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        base: Recipe,
+        targets: Sequence[str],
+        *,
+        threads: int | None = None,
+        seconds: float = 3.0,
+        cache: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.targets = tuple(targets)
+        self._model, self._source, self._seconds, self._progress = model, source, seconds, progress
+        self._profile = {"threads": threads or available_threads()}
+        self._compilers = {name: get_target(name) for name in self.targets}
+        self._cache = TimingCache(cache or cache_folder() / CACHE)
+        exported: Any = getattr(model, "for_export", lambda: model)()
+        self._interface, self._preprocessing = interface_of(exported), exported.preprocessing
+        self._graph = capture(fuse_attention(exported), self._interface)
+        fold(self._graph)
+        few = base.model_copy(update={"calibration": Calibration(images=_RANGE_IMAGES)})
+        calibrator = Calibrator(source, few, self._preprocessing)
+        self._ranges = observed_ranges(self._graph, placement.plan(self._graph, base), base, calibrator)
+        self._images = base.calibration.images
+        self._folder = tempfile.TemporaryDirectory(prefix="edgeattn-budget-")
+        self._draft = Draft(Path(self._folder.name), _FILES, self._interface)
+        save_onnx(self._graph, self._interface, self._draft.folder / _FILES["float32"])
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def bytes(self, recipe: Recipe) -> int:
+        """See `Measurer`."""
+        variant: Variant = "float32" if recipe.is_float else "quantized"
+        if variant == "quantized":
+            save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES[variant])
+        return max(_size(self._compile(self._draft, target, variant)) for target in self.targets)
+
+    def timing(self, recipe: Recipe, target: str) -> tuple[float, float]:
+        """See `Measurer`. Kept in the cache under the digest of both graphs and of what they ran on."""
+        save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
+        files = [self._draft.folder / name for name in _FILES.values()]
+        place = [target, _version(target), machine_facts()["cpu"], self._profile["threads"], self._seconds]
+        key = hashlib.sha256(
+            json.dumps([*(hashlib.sha256(f.read_bytes()).hexdigest() for f in files), *place]).encode()
+        )
+        known = self._cache.get(key.hexdigest())
+        if known is None:
+            known = self._in_turns(self._draft, target, list(_FILES))
+            self._cache.put(key.hexdigest(), known)
+        return known[0], known[-1]
+
+    def _variant(self, recipe: Recipe) -> fx.GraphModule:
+        """The graph with what a recipe quantizes on the grid of the ranges that were seen; nodes keep their order."""
+        graph = copy.deepcopy(self._graph)
+        twin = dict(zip(self._graph.graph.nodes, graph.graph.nodes, strict=True))
+        ranges = {twin[node]: value for node, value in self._ranges.items()}
+        plan = placement.plan(graph, recipe)
+        placement.insert(graph, plan, placement.Statistics(ranges, {}, {}), recipe)
+        return graph
+
+    def outcome(self, recipe: Recipe, wanted: Collection[str]) -> dict[str, float]:
+        """See `Measurer`: quantized, written and compiled as `export` does it."""
+        made = quantize(self._model, recipe, self._source, targets=list(self.targets), progress=self._progress)
+        variants: list[Variant] = ["float32", "quantized"] if recipe.has_variant else ["float32"]
+        found: dict[str, list[float]] = {name: [] for name in ("size", "latency", "drop") if name in {*wanted, "size"}}
+        with tempfile.TemporaryDirectory(prefix="edgeattn-budget-") as folder:
+            draft = Draft(Path(folder), _FILES, made.interface)
+            for variant in variants:
+                graph = made.float_graph if variant == "float32" else made.graph
+                save_onnx(graph, made.interface, draft.folder / _FILES[variant])
+            for target in self.targets:
+                found["size"].append(_size(self._compile(draft, target, variants[-1])))
+                if "latency" in wanted:
+                    found["latency"].append(self._in_turns(draft, target, variants)[-1])
+                if "drop" in wanted:
+                    found["drop"].append(self._drop(draft, target, variants, made.class_names))
+        return {name: max(values) for name, values in found.items()}
+
+    def _in_turns(self, draft: Draft, target: str, variants: Sequence[Variant]) -> list[float]:
+        picture = self._preprocessing(next(iter(self._source)).image)[None]
+        with self._sessions(draft, target, variants) as sessions:
+            done = measure_latency(sessions, {IMAGE: picture}, seconds=self._seconds)
+        return [float(np.median(done.results[variant].samples_ms)) for variant in variants]
+
+    def _drop(self, draft: Draft, target: str, variants: Sequence[Variant], names: tuple[str, ...] | None) -> float:
+        if len(variants) == 1:
+            return 0.0
+        with self._sessions(draft, target, variants) as sessions:
+            results = evaluate(
+                sessions, self._source.spread(self._images), self._preprocessing, input_name=IMAGE, output_name=LOGITS,
+                class_names=names, progress=self._progress,
+            )  # fmt: skip
+        paired = results[variants[-1]].paired
+        assert paired is not None
+        return paired.drop_points
+
+    @contextlib.contextmanager
+    def _sessions(self, draft: Draft, target: str, variants: Sequence[Variant]) -> Any:
+        with contextlib.ExitStack() as stack:
+            sessions: dict[str, Session] = {}
+            for variant in variants:
+                sessions[variant] = self._compile(draft, target, variant).open()
+                stack.callback(sessions[variant].close)
+            yield sessions
+
+    def _compile(self, draft: Draft, target: str, variant: Variant) -> Artifact:
+        return self._compilers[target].compile(draft, variant, self._profile)
+
+
+def _size(artifact: Artifact) -> int:
+    """Bytes of an artefact's files, as a bundle counts them."""
+    return sum((artifact.folder / name).stat().st_size for name in artifact.entry.files)
+
+
+def _version(target: str) -> str:
+    try:
+        return importlib.metadata.version(target)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class TimingCache:
+    """A JSON file of measured milliseconds; one that is damaged or cannot be written costs time, nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, key: str) -> list[float] | None:
+        """What was kept under a key."""
+        return self._read().get(key)
+
+    def put(self, key: str, values: list[float]) -> None:
+        """Keep values; what others wrote in the meantime stays."""
+        entries = {**self._read(), key: values}
+        try:
+            with atomic_file(self.path) as temporary:
+                temporary.write_text(json.dumps({"schema_version": _SCHEMA_VERSION, "entries": entries}, indent=1))
+        except DeviceError as error:
+            logger.warning("timings are not kept for the next time: %s", error)
+
+    def _read(self) -> dict[str, list[float]]:
+        if not self.path.is_file():
+            return {}
+        try:
+            stored: Mapping[str, Any] = json.loads(self.path.read_text())
+            return dict(stored["entries"]) if stored["schema_version"] == _SCHEMA_VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s); its timings are measured again.", self.path, error)
+            return {}
