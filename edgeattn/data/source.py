@@ -228,6 +228,12 @@ class _Spread(ImageSource):
     def __len__(self) -> int:
         return self._limit
 
+    def spread(self, limit: int) -> ImageSource:
+        """See `ImageSource.spread`."""
+        if isinstance(self._parent, IterableSource) and self._parent.one_shot:  # may hold fewer than the limit
+            return _Spread(self._parent, min(limit, self._limit))
+        return super().spread(limit)
+
     def _entries(self) -> Iterator[tuple[str, Any, int | None]]:
         if isinstance(self._parent, IterableSource) and self._parent.one_shot:
             yield from itertools.islice(self._parent._entries(), self._limit)

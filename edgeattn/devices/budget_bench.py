@@ -91,7 +91,7 @@ class Bench:
     ) -> None:
         self.targets = tuple(targets)
         self._model, self._source, self._seconds, self._progress = model, source, seconds, progress
-        self._profile = {"threads": threads or available_threads()}
+        self._profile = {"threads": threads}
         self._compilers = {name: get_target(name) for name in self.targets}
         self._cache = TimingCache(cache or cache_folder() / CACHE)
         exported: Any = getattr(model, "for_export", lambda: model)()
@@ -123,7 +123,7 @@ class Bench:
         """See `Measurer`. Kept in the cache under the digest of both graphs and of what they ran on."""
         save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
         files = [self._draft.folder / name for name in _FILES.values()]
-        place = [target, _version(target), machine_facts()["cpu"], self._profile["threads"], self._seconds]
+        place = [target, _version(target), machine_facts()["cpu"], self._profile["threads"] or available_threads()]
         key = hashlib.sha256(
             json.dumps([*(hashlib.sha256(f.read_bytes()).hexdigest() for f in files), *place]).encode()
         )

@@ -54,7 +54,7 @@ class Calibrator:
         self.digest = digest.hexdigest()
 
     def sample(self, count: int) -> Tensor:
-        """`count` of the pictures, spread over them, as one batch (N, 3, H, W)."""
+        """`count` of the pictures (all, where there are fewer), spread over them, as one batch (N, 3, H, W)."""
         return torch.from_numpy(np.stack([self._preprocessing(s.image) for s in self.source.spread(count)]))
 
     def facts(self, recipe: Recipe) -> dict[str, Any]:

@@ -176,8 +176,7 @@ def stand_ins(
         else:
             continue
         near = [*node.args[:2], *({placement.after_activation(node)} if node not in attention else ())]
-        near = [n for n in near if isinstance(n, fx.Node) and n in grids and node not in plan.float_inputs]
-        own = {n: grids[n] for n in near}
+        own = {n: grids[n] for n in near if isinstance(n, fx.Node) and n in grids and node not in plan.float_inputs}
         labels = next((s.label for s in stored.values()), "float32"), "int8" if own else "float32"
         sizes = sum(s.size_bytes for s in stored.values()), sum(4 * s.codes.numel() for s in stored.values())
         layers.append(StandIn(node, kind, {i: s.values for i, s in stored.items()}, own, labels, sizes))
