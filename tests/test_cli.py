@@ -41,7 +41,20 @@ def clean(folder):
 
 def test_help_of_every_command(edgeattn):
     code, out, _ = edgeattn("--help")
-    names = ["models", "export", "check", "bench", "eval", "verify", "inspect", "train", "doctor"]
+    names = [
+        "models",
+        "export",
+        "check",
+        "bench",
+        "eval",
+        "verify",
+        "inspect",
+        "train",
+        "doctor",
+        "calibration",
+        "sensitivity",
+        "budget",
+    ]
     assert code == 0 and all(name in out for name in names)
     for name in names:
         code, out, _ = edgeattn(name, "--help")
