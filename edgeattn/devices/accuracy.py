@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.data.labels import label_indices, label_of
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.data.source import ImageSource, Sample
-from edgeattn.devices.labels import label_indices
 from edgeattn.devices.statistics import (
     Interval,
     cosine,
@@ -23,7 +23,7 @@ from edgeattn.devices.statistics import (
     ratio_interval,
     wilson_interval,
 )
-from edgeattn.errors import DataError, NumericError, UsageError
+from edgeattn.errors import NumericError, UsageError
 from edgeattn.runtime.session import Session
 
 Progress = Callable[[str, int, int], None]
@@ -143,7 +143,7 @@ def evaluate(
             tally.add(logits[name], logits[reference])
         if source.labelled:
             index = index or label_indices(source, class_names, outputs)
-            labels.extend(index(_label(sample), sample.name) for sample in samples)
+            labels.extend(index(label_of(sample), sample.name) for sample in samples)
         if progress:
             progress("accuracy", len(tallies[reference].answers), total)
     names = list(class_names) if class_names else [str(i) for i in range(outputs)]
@@ -160,12 +160,6 @@ def _check_arguments(sessions: Mapping[str, Session], batch_size: int) -> None:
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     while batch := list(itertools.islice(samples, size)):
         yield batch
-
-
-def _label(sample: Sample) -> int:
-    if sample.label is None:
-        raise DataError(f"{sample.name} has no label but other images have; label all of them or none.")
-    return sample.label
 
 
 def _logits(outputs: Mapping[str, np.ndarray], output_name: str, session: str, samples: list[Sample]) -> np.ndarray:

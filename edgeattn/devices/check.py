@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from edgeattn.data.interface import IMAGE, LOGITS
+from edgeattn.data.labels import label_indices
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.devices.accuracy import AccuracyResult, evaluate
-from edgeattn.devices.labels import label_indices
 from edgeattn.devices.latency import LatencyResult, measure_latency
 from edgeattn.devices.outcome import CheckResult, Kind, TargetResult
 from edgeattn.devices.report import write_report

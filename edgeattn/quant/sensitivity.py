@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgeattn.data.interface import interface_of
+from edgeattn.data.labels import label_indices, label_of
 from edgeattn.data.source import open_source
 from edgeattn.errors import UsageError
 from edgeattn.models.folding import fuse_attention
@@ -20,7 +21,6 @@ from edgeattn.quant import placement, weights
 from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import aten, attribute, capture, is_call, module_path
-from edgeattn.quant.labels import label_tensor
 from edgeattn.quant.observers import Observer
 from edgeattn.quant.quantizer import activation_parameters
 from edgeattn.quant.recipe import Recipe, load_recipe
@@ -102,11 +102,12 @@ def sensitivity(
     if not layers:
         raise UsageError(f"recipe {chosen.name!r} quantizes nothing of this model; its rules leave every layer float.")
     seen, classes = _Sums(), next(iter(reversed(graph.graph.nodes))).all_input_nodes[0].meta["val"].shape[-1]
+    index = label_indices(source, getattr(model, "class_names", None), classes) if source.labelled else None
     shown = list(source.spread(images))
     for start in range(0, len(shown), _BATCH):
         samples = shown[start : start + _BATCH]
         pictures = torch.stack([torch.from_numpy(preprocessing(sample.image)) for sample in samples])
-        labels = label_tensor(source, samples, getattr(model, "class_names", None), classes)
+        labels = None if index is None else torch.tensor([index(label_of(s), s.name) for s in samples])
         seen.add(graph, layers, pictures, labels)
         if progress:
             progress("sensitivity", start + len(samples), len(shown))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from edgeattn.data.source import ImageSource
+from edgeattn.data.source import ImageSource, Sample
 from edgeattn.errors import DataError
 
 _SHOWN = 12
@@ -41,6 +41,17 @@ def label_indices(source: ImageSource, class_names: Sequence[str] | None, output
         return mapping[label]
 
     return index
+
+
+def label_of(sample: Sample) -> int:
+    """The label of a picture of a labelled source.
+
+    Raises:
+        DataError: it has none.
+    """
+    if sample.label is None:
+        raise DataError(f"{sample.name} has no label but other images have; label all of them or none.")
+    return sample.label
 
 
 def _by_name(where: str, theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
