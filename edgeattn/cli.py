@@ -6,14 +6,13 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgeattn import __version__
+from edgeattn import __version__, cli_quant
+from edgeattn.cli_common import Json, Limit, Seconds, SkipBad, Targets, Threads, progress_bars, show, size
 from edgeattn.errors import (
     EXIT_DEVICE,
     EXIT_INTERRUPTED,
@@ -29,12 +28,6 @@ app = typer.Typer(
     help="From a vision-transformer checkpoint to a verified quantized artefact, with one verdict.",
 )  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read; each is listed.")]
-Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="onnxruntime, openvino; repeat for several.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; all processors by default.")]
-Seconds = Annotated[float, typer.Option(min=0.1, help="Time budget of the latency measurement per target.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use this many images, spread over the data.")]
 BundlePath = Annotated[Path, typer.Argument(help="Folder written by `edgeattn export`.")]
 
 
@@ -47,7 +40,7 @@ def models_command(
 
     entries = matching(pattern)
     if as_json:
-        _print([entry.to_dict() for entry in entries], True, None)
+        show([entry.to_dict() for entry in entries], True, None)
     else:
         _print_models(entries)
 
@@ -100,16 +93,16 @@ def export_command(
         )
     if out.exists() and not overwrite:
         raise UsageError(f"output {out} exists; choose another folder, or pass --overwrite to replace it.")
-    with _progress() as progress:
+    with progress_bars() as progress:
         module = create_model(
-            model, weights=weights, num_classes=num_classes, img_size=_size(img_size), progress=progress
+            model, weights=weights, num_classes=num_classes, img_size=size(img_size), progress=progress
         )
         module = _for_export(module, heads, views)
         bundle = export(
             module, target or ["onnxruntime"], out, recipe=quant, data=calib,
             dynamic_size=dynamic_size, overwrite=overwrite, skip_bad=skip_bad, explain=explain, progress=progress,
         )  # fmt: skip
-    _print(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
+    show(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
 
 
 @app.command("check")
@@ -128,7 +121,7 @@ def check_command(
     """Accuracy, latency and placement against float32; one verdict, one exit code (0 PASS, 1 no, 5 inconclusive)."""
     from edgeattn.devices.check import check
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = check(
             bundle, data, device=device, gate=gate, targets=target, threads=threads, limit=limit,
             seconds=seconds, skip_bad=skip_bad, progress=progress,
@@ -143,7 +136,7 @@ def bench_command(
     """Latency of every artefact, interleaved with float32."""
     from edgeattn.devices.check import bench
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = bench(bundle, targets=target, threads=threads, seconds=seconds, progress=progress)
     _print_result(result, as_json)
 
@@ -161,7 +154,7 @@ def eval_command(
     """Accuracy of every artefact on the same images, against float32."""
     from edgeattn.devices.check import evaluate_bundle
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = evaluate_bundle(
             bundle, data, targets=target, threads=threads, limit=limit, skip_bad=skip_bad, progress=progress
         )
@@ -174,7 +167,7 @@ def verify_command(bundle: BundlePath, as_json: Json = False) -> None:
     from edgeattn.runtime.verify import verify
 
     result = verify(bundle)
-    _print(result.to_dict(), as_json, lambda: str(result))
+    show(result.to_dict(), as_json, lambda: str(result))
     if not result.ok:
         raise typer.Exit(EXIT_VERDICT if result.problems else EXIT_MISSING_DEPENDENCY)
 
@@ -185,7 +178,7 @@ def inspect_command(bundle: BundlePath, as_json: Json = False) -> None:
     from edgeattn.runtime.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    _print(_manifest(opened), as_json, lambda: _describe(opened))
+    show(_manifest(opened), as_json, lambda: _describe(opened))
 
 
 @app.command("train")
@@ -221,7 +214,7 @@ def train_command(
         batch_size=batch_size, learning_rate=learning_rate, seed=seed, model_config=_json_object(config, "--config"),
     )  # fmt: skip
     record = train(settings, data, val, out, lambda line: typer.echo(json.dumps(line), err=True))
-    _print(record, as_json, lambda: f"{out / 'model.safetensors'}: top-1 {100 * record['val_top1']:.2f} % on {val}")
+    show(record, as_json, lambda: f"{out / 'model.safetensors'}: top-1 {100 * record['val_top1']:.2f} % on {val}")
 
 
 def _for_export(module: Any, heads: str | None, views: str | None) -> Any:
@@ -252,9 +245,14 @@ def doctor_command(as_json: Json = False) -> None:
     from edgeattn.devices.doctor import diagnose
 
     findings = diagnose()
-    _print([f.to_dict() for f in findings], as_json, lambda: "\n".join(map(str, findings)))
+    show([f.to_dict() for f in findings], as_json, lambda: "\n".join(map(str, findings)))
     if not all(f.ok for f in findings if f.required):
         raise typer.Exit(EXIT_MISSING_DEPENDENCY)
+
+
+app.command("calibration")(cli_quant.calibration_command)
+app.command("sensitivity")(cli_quant.sensitivity_command)
+app.command("budget")(cli_quant.budget_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -262,20 +260,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(__version__)
         raise typer.Exit(EXIT_OK)
-
-
-def _size(text: str | None) -> int | list[int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() for p in parts):
-        raise UsageError(f"--img-size {text!r}: expected one side such as 224, or HEIGHTxWIDTH such as 224x320.")
-    sides = [int(p) for p in parts]
-    return sides[0] if len(sides) == 1 else sides
-
-
-def _print(data: Any, as_json: bool, text: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False) if as_json else text())
 
 
 def _manifest(bundle: Any) -> dict[str, Any]:
@@ -292,7 +276,7 @@ def _print_result(result: Any, as_json: bool) -> None:
     from edgeattn.devices.report import summary_rows
 
     if as_json:
-        _print({**result.to_dict(), "rows": summary_rows(result), "exit_code": result.exit_code}, True, None)
+        show({**result.to_dict(), "rows": summary_rows(result), "exit_code": result.exit_code}, True, None)
     else:
         _print_table(summary_rows(result))
         typer.echo("\n".join(filter(None, [f"verdict: {result.verdict}" if result.verdict else "", result.message])))
@@ -360,25 +344,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=width).print(table)
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar on stderr: one line per stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: float, total: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            # No refresh thread: it would disturb latency measurements.
-            bars.update(tasks[stage], completed=done, total=total, refresh=True)
-
-        yield report
-
-
 def main() -> None:
     """Entry point: edgeattn errors become one message on stderr (and JSON on stdout with --json) and an exit code."""
     # A polite kill cleans up like Ctrl-C does.
@@ -408,8 +373,6 @@ def _fail(kind: str, message: str, code: int) -> None:
         typer.echo(json.dumps({"error": kind, "message": message, "exit_code": code}))
     sys.exit(code)
 
-
-from edgeattn import cli_quant  # noqa: E402, F401 (adds its commands to the app)
 
 if __name__ == "__main__":
     main()

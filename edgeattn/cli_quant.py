@@ -1,4 +1,4 @@
-"""Commands about quantization that make no bundle; `edgeattn.cli` imports this module, which adds them to its app."""
+"""Commands about quantization that make no bundle; `edgeattn.cli` adds them to its app."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeattn.cli import Json, SkipBad, Targets, Threads, _print, _progress, _size, app
+from edgeattn.cli_common import Json, SkipBad, Targets, Threads, progress_bars, show, size
 from edgeattn.errors import UsageError
 
 
-@app.command("calibration")
 def calibration_command(
     model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`), timm:NAME, or an .onnx file.")],
     calib: Annotated[Path, typer.Option(help="Calibration images: a folder or an .npz file.")],
@@ -30,16 +29,15 @@ def calibration_command(
 
     if weights is None and not carries_weights(model):
         raise UsageError("no weights: pass --weights FILE; ranges of an untrained model say nothing.")
-    with _progress() as progress:
-        module = create_model(model, weights=weights, img_size=_size(img_size), progress=progress)
+    with progress_bars() as progress:
+        module = create_model(model, weights=weights, img_size=size(img_size), progress=progress)
         report = diagnose(
             module, calib, validation=val, recipe=quant, targets=target, skip_bad=skip_bad, progress=progress
         )
-    _print(report.to_dict(), as_json, lambda: str(report))
+    show(report.to_dict(), as_json, lambda: str(report))
     raise typer.Exit(report.exit_code)
 
 
-@app.command("sensitivity")
 def sensitivity_command(
     model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`), timm:NAME, or an .onnx file.")],
     data: Annotated[Path, typer.Option(help="Calibration images: a folder or an .npz file; labels give the loss too.")],
@@ -61,20 +59,19 @@ def sensitivity_command(
         report.check_suffix(path, suffix)
     if weights is None and not carries_weights(model):
         raise UsageError("no weights: pass --weights FILE; an untrained model has no accuracy to lose.")
-    with _progress() as progress:
-        module = create_model(model, weights=weights, img_size=_size(img_size), progress=progress)
+    with progress_bars() as progress:
+        module = create_model(model, weights=weights, img_size=size(img_size), progress=progress)
         layers = sensitivity(module, data, quant, images=images, skip_bad=skip_bad, progress=progress)
     ranked, blocks = report.worst_first(layers), report.by_block(layers)
     report.write_text(plot, report.to_svg(layers))
     report.write_text(csv, report.to_csv(ranked))
     if as_json:
-        _print({"layers": [layer.to_dict() for layer in ranked], "blocks": blocks}, True, None)
+        show({"layers": [layer.to_dict() for layer in ranked], "blocks": blocks}, True, None)
     else:
         _print_table([layer.to_dict() for layer in ranked])
         _print_table(blocks)
 
 
-@app.command("budget")
 def budget_command(
     model: Annotated[str, typer.Argument(help="Name of the zoo (`edgeattn models`), timm:NAME, or an .onnx file.")],
     data: Annotated[Path, typer.Option(help="Calibration images: a folder or an .npz file; a drop needs labels.")],
@@ -103,15 +100,15 @@ def budget_command(
         raise UsageError(f"output {out} exists; choose another name, or pass --overwrite to replace it.")
     if weights is None and not carries_weights(model):
         raise UsageError("no weights: pass --weights FILE; an untrained model has no accuracy to lose.")
-    with _progress() as progress:
-        module = create_model(model, weights=weights, img_size=_size(img_size), progress=progress)
+    with progress_bars() as progress:
+        module = create_model(model, weights=weights, img_size=size(img_size), progress=progress)
         result = plan_budget(
             module, data, target or ["onnxruntime"], limits, recipe=quant, minimise=minimise, threads=threads,
             seconds=seconds, images=images, skip_bad=skip_bad, progress=progress,
         )  # fmt: skip
     report.write_text(out, result.recipe.to_yaml())
     hint = f"\n\nNext: edgeattn export {model} --weights {weights} --calib {data} --quant {out} -o bundle"
-    _print(result.to_dict(), as_json, lambda: f"{result}{hint}")
+    show(result.to_dict(), as_json, lambda: f"{result}{hint}")
 
 
 _COLUMNS = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from edgeattn.data.source import ImageSource
+from edgeattn.quant.build import build
 from edgeattn.quant.calibration import Calibrator, Progress
-from edgeattn.quant.quantize import build
 from edgeattn.quant.recipe import ObserverSettings, Recipe
 
 IMAGES = 64  # at most, for calibrating every prefix and for measuring it

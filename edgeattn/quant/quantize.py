@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from edgeattn.data.interface import Interface, classifier_interface, interface_of
 from edgeattn.data.preprocessing import Preprocessing
@@ -19,29 +17,18 @@ from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import RecipeError, UsageError
 from edgeattn.models.folding import fuse_attention
 from edgeattn.quant import half, placement
+from edgeattn.quant.ablation import ablation, held_aside
+from edgeattn.quant.build import Built, build
 from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.fold import fold
-from edgeattn.quant.graph import aten, capture, is_call, module_path
-from edgeattn.quant.methods.gptq import Hessian
-from edgeattn.quant.observers import InputMean, Observer
+from edgeattn.quant.graph import capture
 from edgeattn.quant.recipe import (
-    BiasCorrection,
-    Equalize,
-    Gptq,
-    Prescale,
     Recipe,
-    Reconstruct,
-    Revert,
-    Smooth,
     load_recipe,
 )
-from edgeattn.quant.reconstruct import reconstruct
-from edgeattn.quant.revert import Reverting
-from edgeattn.quant.rewrite import equalize, prescale, smooth
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 64  # pictures that show how large channels get
 _FEW_IMAGES = 64  # below this the notes warn: small grids give thin statistics
 
 
@@ -147,8 +134,6 @@ def _explained(
     preprocessing: Preprocessing, progress: Progress | None,
 ) -> tuple[tuple[dict[str, Any], ...], str]:  # fmt: skip
     """What each part of a recipe gives, and a note on the pictures."""
-    from edgeattn.quant.ablation import ablation, held_aside  # which builds its models with this module
-
     shown, note = held_aside(source, calibrator)
     pictures = torch.stack([torch.from_numpy(preprocessing(sample.image)) for sample in shown])
     calibrator_for = functools.partial(Calibrator, source, preprocessing=preprocessing)
@@ -182,104 +167,3 @@ def _class_names(
 
 def _count_layers(graph: fx.GraphModule) -> int:
     return len(placement.plan(graph, Recipe(name="all", first_layer="int8")).weighted)
-
-
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """A graph with quantizers, and what was decided on the way; `recipe` is the one given with its searches done."""
-
-    graph: fx.GraphModule
-    recipe: Recipe
-    precision: dict[str, int]
-    notes: list[str]
-
-
-def build(
-    float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator, *,
-    work: Path | None = None, progress: Progress | None = None,
-) -> Built:  # fmt: skip
-    """Apply a recipe to a copy of a folded float graph; `work` as in `quantize`.
-
-    Raises:
-        RecipeError: nothing is left to quantize, a rule matches nothing, a group size does not fit.
-        NumericError: NaN in an activation; the layer is named.
-    """
-    graph, notes = copy.deepcopy(float_graph), []
-    for step in recipe.steps:
-        notes += _rewrite(graph, step, calibrator)
-    chosen, seen = _planned(graph, recipe, calibrator)
-    reverting = next((step for step in recipe.steps if isinstance(step, Revert)), None)
-    if reverting is not None:
-        search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
-        for step in reverting.otherwise if search.needed else ():
-            notes += _rewrite(graph, step, calibrator)
-            chosen, seen = _planned(graph, recipe, calibrator)
-            search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
-            recipe = recipe.model_copy(update={"steps": (step, *recipe.steps)})
-            search.recipe = recipe
-        recipe, done = search.run()
-        notes.append(done)
-        chosen = placement.plan(graph, recipe)
-    notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
-    precision = chosen.summary(graph)
-    if any(isinstance(step, Reconstruct) for step in recipe.steps):
-        seen, done = reconstruct(graph, chosen, seen, recipe, calibrator, work, progress)
-        notes.append(done)
-    placement.insert(graph, chosen, seen, recipe)
-    return Built(graph, recipe, precision, notes)
-
-
-def _rewrite(graph: fx.GraphModule, step: Any, calibrator: Calibrator) -> list[str]:
-    """Apply a step that changes the float graph; others come into play later."""
-    if isinstance(step, Equalize):
-        return [equalize(graph)]
-    if isinstance(step, Smooth):
-        return [smooth(graph, calibrator.sample(_SHOWN), step.alpha)]
-    if isinstance(step, Prescale):
-        return [prescale(graph, calibrator.sample(_SHOWN), step.alpha, step.imbalance)]
-    return []
-
-
-def _planned(
-    graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator
-) -> tuple[placement.Plan, placement.Statistics]:
-    chosen = placement.plan(graph, recipe)
-    if not chosen.weighted:
-        raise RecipeError(f"recipe {recipe.name!r} quantizes no layer of this model; check its rules.")
-    return chosen, _observe(graph, chosen, recipe, calibrator)
-
-
-def _observe(
-    graph: fx.GraphModule, chosen: placement.Plan, recipe: Recipe, calibrator: Calibrator
-) -> placement.Statistics:
-    """One pass over the pictures for everything that the recipe's steps need to know."""
-    steps = {type(step) for step in recipe.steps}
-    watch: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
-    observers: dict[fx.Node, Observer] = {}
-    means: dict[fx.Node, InputMean] = {}
-    hessians: dict[fx.Node, Hessian] = {}
-    for node in chosen.tensors:
-        assert recipe.activations is not None
-        symmetric = recipe.activations.signedness == "int8"
-        observers[node] = Observer(module_path(node) or node.name, recipe.activations.observer, symmetric)
-        watch.setdefault(node, []).append(observers[node].see)
-    for node, scheme in chosen.weighted.items():
-        tensor, axis = node.args[0], -1 if is_call(node, aten.linear.default) else 1
-        assert isinstance(tensor, fx.Node)
-        if BiasCorrection in steps:
-            means[node] = InputMean(axis)
-            watch.setdefault(tensor, []).append(means[node].see)
-        if Gptq in steps and scheme.bits == 4:
-            hessians[node] = Hessian()
-            watch.setdefault(tensor, []).append(_channels_last(hessians[node].update, axis))
-    if watch or Reconstruct in steps:  # the latter wants its pictures' digest in the manifest
-        calibrator.run(graph, watch)
-    return placement.Statistics(
-        ranges={node: observer.range() for node, observer in observers.items()},
-        input_means={node: mean.value for node, mean in means.items()},
-        hessians={node: hessian.value for node, hessian in hessians.items()},
-    )
-
-
-def _channels_last(see: Callable[[Tensor], None], axis: int) -> Callable[[Tensor], None]:
-    return lambda x: see(x.movedim(axis, -1))
