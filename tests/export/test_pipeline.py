@@ -108,7 +108,8 @@ def test_openvino_computes_in_the_recorded_precision(trained_bundle):
     assert session.settings["inference_precision_hint"] == "f32"
     assert not any(key.endswith(":bf16") for key in session.placement().nodes)
     quantized = trained_bundle.open_session("openvino").placement().nodes
-    assert sum(n for key, n in quantized.items() if key in ("Convolution:u8", "Convolution:i8")) >= 57
+    promised = trained_bundle.manifest.precision["int8"] - 1  # the classifier is a matrix product
+    assert sum(n for key, n in quantized.items() if key in ("Convolution:u8", "Convolution:i8")) >= promised > 40
 
 
 @needs_plugin
@@ -137,8 +138,9 @@ def test_the_codes_behind_the_op_agree_to_one_step(trained_bundle):
     from edgeattn.runtime_plugins import cpu
 
     model = onnx.load(trained_bundle.file("model.onnx"))
-    attention = next(n for n in model.graph.node if n.domain == "edgeattn")
-    quantizer = next(n for n in model.graph.node if n.input[:1] == [attention.output[0]])
+    nodes = iter(model.graph.node)
+    next(n for n in nodes if n.domain == "edgeattn")
+    quantizer = next(n for n in nodes if n.op_type == "QuantizeLinear")
     codes = onnx.helper.make_tensor_value_info(quantizer.output[0], onnx.TensorProto.UINT8, None)
     model.graph.output.append(codes)
     images = np.stack([trained_bundle.preprocessing(s.image) for s in open_source(VAL).spread(100)])
