@@ -64,7 +64,9 @@ def export_command(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Export an untrained model (latency only).")
     ] = False,
-    quant: Annotated[str, typer.Option(help="Recipe: a preset (w8a8, float32) or a YAML file.")] = "w8a8",
+    quant: Annotated[
+        str, typer.Option(help="Recipe: a preset (w8a8, w8a16, w4a8, w4a16, fp16, float32) or a YAML file.")
+    ] = "w8a8",
     calib: Annotated[Path | None, typer.Option(help="Calibration images: a folder or an .npz file.")] = None,
     target: Targets = None,
     num_classes: Annotated[

@@ -55,8 +55,10 @@ def build(
             notes += _rewrite(graph, step, calibrator)
             chosen, seen = _planned(graph, recipe, calibrator)
             search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
-            recipe = recipe.model_copy(update={"steps": (step, *recipe.steps)})
-            search.recipe = recipe
+            # In its place, so that the stored recipe rewrites the graph in the same order.
+            at = search.recipe.steps.index(reverting)
+            steps = (*recipe.steps[:at], step, *recipe.steps[at:])
+            search.recipe = recipe = recipe.model_copy(update={"steps": steps})
         recipe, done = search.run()
         notes.append(done)
         chosen = placement.plan(graph, recipe)

@@ -136,7 +136,7 @@ class Revert(_Strict):
     """
 
     step: Literal["revert"] = "revert"
-    goal_db: float = 33.0
+    goal_db: float = 24.0
     least: float = pydantic.Field(default=0.02, gt=0, lt=1)
     most: float = pydantic.Field(default=0.1, ge=0, le=1)
     images: int = pydantic.Field(default=32, ge=1)

@@ -7,6 +7,7 @@ import torch
 
 from edgeattn import create_model
 from edgeattn.errors import RecipeError
+from edgeattn.export.onnx_model import to_onnx
 from edgeattn.quant.quantize import quantize
 from edgeattn.quant.recipe import load_recipe
 
@@ -56,6 +57,17 @@ def test_the_result_is_a_recipe_that_gives_the_same_again(model):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(result.graph(x), again.graph(x))
+
+
+def test_the_stored_recipe_writes_the_same_file(model):
+    """With every kind of rewriting, whose order matters."""
+    values = recipe(goal_db=40, most=0.05, otherwise=[{"step": "prescale", "imbalance": 0.9}])
+    values["steps"] = [{"step": "smooth"}, *values["steps"], {"step": "bias_correction"}]
+    result = quantize(model, values, CALIB)
+    assert [step.step for step in result.recipe.steps] == ["smooth", "prescale", "bias_correction"]
+    again = quantize(model, result.recipe, CALIB)
+    first, second = (to_onnx(q.graph, q.interface).SerializeToString() for q in (result, again))
+    assert first == second
 
 
 def test_nothing_is_reverted_where_the_goal_is_met(model):
