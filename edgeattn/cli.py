@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +66,12 @@ def export_command(
         bool, typer.Option("--random-weights", help="Export an untrained model (latency only).")
     ] = False,
     quant: Annotated[
-        str, typer.Option(help="Recipe: a preset (w8a8, w8a16, w4a8, w4a16, fp16, float32) or a YAML file.")
-    ] = "w8a8",
+        str | None,
+        typer.Option(
+            help="Recipe: a preset (w8a8, w8a16, w4a8, w4a16, fp16, float32) or a YAML file; w8a8 by default, or what "
+            "`edgeattn train --qat` trained."
+        ),
+    ] = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration images: a folder or an .npz file.")] = None,
     target: Targets = None,
     num_classes: Annotated[
@@ -78,14 +83,35 @@ def export_command(
     ] = False,
     heads: Annotated[str | None, typer.Option(help="VGGT: some of camera,depth,point,track; all by default.")] = None,
     views: Annotated[str | None, typer.Option(help="VGGT: number of views, or `dynamic` (the default).")] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search/--no-search",
+            help="Measure here what each target runs faster in int8, leave the rest in float32, and ship float32 where "
+            "int8 is no faster; without: quantize what the recipe says.",
+        ),
+    ] = True,
+    search_seconds: Annotated[
+        float, typer.Option(min=1.0, help="For the search; the same export goes on where it stopped.")
+    ] = 45.0,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Bits per layer for size=1.2MB, latency=0.8ms or drop=0.5 (`edgeattn budget`); repeatable."),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Measure what each part of the recipe gives.")] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for finished parts of a long step; a killed export goes on there.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint and write a verified bundle for the targets."""
+    from edgeattn.devices.budget import recipe_for_budget
+    from edgeattn.devices.placing import MeasuredPlacer
     from edgeattn.export.pipeline import export
-    from edgeattn.models.factory import carries_weights, create_model
+    from edgeattn.models.factory import carries_weights
+    from edgeattn.quant.qat.stored import load_model
 
     if carries_weights(model) and random_weights:
         raise UsageError(f"{model} is an ONNX file, which has its weights in it; leave out --random-weights.")
@@ -96,13 +122,14 @@ def export_command(
     if out.exists() and not overwrite:
         raise UsageError(f"output {out} exists; choose another folder, or pass --overwrite to replace it.")
     with progress_bars() as progress:
-        module = create_model(
-            model, weights=weights, num_classes=num_classes, img_size=size(img_size), progress=progress
-        )
+        module = load_model(model, weights=weights, num_classes=num_classes, img_size=size(img_size), progress=progress)
         module = _for_export(module, heads, views)
+        targets = target or ["onnxruntime"]
+        recipe = recipe_for_budget(module, calib, targets, budget, recipe=quant, progress=progress) if budget else quant
         bundle = export(
-            module, target or ["onnxruntime"], out, recipe=quant, data=calib,
-            dynamic_size=dynamic_size, overwrite=overwrite, skip_bad=skip_bad, explain=explain, progress=progress,
+            module, targets, out, recipe=recipe, data=calib, dynamic_size=dynamic_size, overwrite=overwrite,
+            skip_bad=skip_bad, work=work, explain=explain, progress=progress,
+            placer=MeasuredPlacer(most_seconds=search_seconds, progress=progress) if search else None,
         )  # fmt: skip
     show(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
 
@@ -353,6 +380,8 @@ def main() -> None:
     # For `package.module:callable` beside the user; last, so that it shadows nothing.
     sys.path.append(str(Path.cwd()))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    # torch's own, whenever it copies a graph; nothing that a user of ours could change.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     try:
         app()
     except SystemExit as stop:

@@ -5,8 +5,9 @@
 FOLDER holds eurosat64_train.npz, eurosat64_val.npz and eurosat64_test.npz. A run is PRESET:SEED; without --runs the
 whole plan, most wanted first. One JSON line per run on stdout; a run that OUT/results.jsonl has is not repeated,
 one that was killed goes on after its last epoch. All runs have the same number of epochs: with annealing the last
---cga-epochs of them are annealing. The teacher and starting point is the shipped float model, a plain DeiT with one
-head, so that labels and teacher act on the same logits; the paper's teachers are distilled models with two.
+--cga-epochs of them are annealing. The teacher and starting point is a float model, by default the shipped one, a plain
+DeiT with one head, so that labels and teacher act on the same logits; the paper's teachers are distilled models with
+two.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from edgeattn.quant.qat.stored import load_trained
 from edgeattn.quant.training import train
 from edgeattn.quant.training_config import training_config
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "samples" / "deit_eurosat" / "model.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "samples" / "deit_eurosat" / "model.safetensors"
 PARTS = [f"lsq-w2a2+{part}" for part in ("statsq", "shifts", "qkr", "cga")]
 PLAN = [
     *(f"{name}-w2a2:{seed}" for seed in (1, 2, 3) for name in ("ofq", "lsq")),
@@ -50,7 +51,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     """Train one preset with one seed; accuracy is on the test images and after loading the saved file."""
     annealed = options.cga_epochs if preset(name).cga else 0
     config = training_config(
-        "deit_tiny", qat=name, weights=str(WEIGHTS), epochs=options.epochs - annealed, seed=seed,
+        "deit_tiny", qat=name, weights=str(options.weights), epochs=options.epochs - annealed, seed=seed,
         cga_epochs=annealed or None, subset=options.subset, batch_size=options.batch_size,
     )  # fmt: skip
     out, started = options.out / f"{name}_{seed}", time.monotonic()
@@ -71,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", nargs="*", default=PLAN, metavar="PRESET:SEED")
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="float DeiT of `edgeattn train`")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--cga-epochs", type=int, default=2)
     parser.add_argument("--subset", type=int, default=1280, help="training images; 0 is all")
@@ -94,7 +96,7 @@ def main() -> None:
         name, _, seed = spec.partition(":")
         preset(name)  # refuses a name with a spelling mistake before hours of other runs
     if ("float32", 0) not in done:
-        model = create_model("deit_tiny", weights=WEIGHTS)
+        model = create_model("deit_tiny", weights=options.weights)
         line = {"preset": "float32", "seed": 0, "test_top1": accuracy(model, options.data / "eurosat64_test.npz")}
         report(line, results)
     for spec in options.runs:

@@ -16,10 +16,11 @@ from typing import Any, Literal
 from torch import nn
 
 from edgeattn.data.source import open_source
-from edgeattn.devices.budget_bench import Bench, Measurer, Progress
 from edgeattn.devices.budget_table import INT8, Table, measure_table
+from edgeattn.devices.recipe_bench import Bench, Measurer, Progress
 from edgeattn.errors import DataError, RecipeError, UsageError
-from edgeattn.quant.recipe import Recipe, load_recipe
+from edgeattn.quant.qat.exported import recipe_for
+from edgeattn.quant.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def plan_budget(
     targets: Sequence[str],
     budgets: Sequence[str | Limit],
     *,
-    recipe: str | Recipe | dict[str, Any] = "w8a8",
+    recipe: str | Recipe | dict[str, Any] | None = None,
     minimise: str = "latency",
     threads: int | None = None,
     seconds: float = 3.0,
@@ -165,7 +166,7 @@ def plan_budget(
     source = open_source(data, skip_bad)
     if not source.labelled and any(one.kind == "drop" for one in limits):
         raise DataError(f"{source.where} has no labels, and a budget for drop is about right answers. Give labels.")
-    base = load_recipe(recipe).for_targets(list(targets))
+    base = recipe_for(model, recipe).for_targets(list(targets))
     if base.activations is None or base.weights is None or base.weights.bits != 8:
         raise UsageError(f"recipe {base.name!r}: a budget starts from 8-bit weights and activations, such as w8a8.")
     base = base.model_copy(update={"steps": tuple(step for step in base.steps if step.step != "revert")})

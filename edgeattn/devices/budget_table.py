@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from edgeattn.data.source import ImageSource
-from edgeattn.devices.budget_bench import Measurer, Progress
+from edgeattn.devices.recipe_bench import Measurer, Progress
 from edgeattn.errors import RecipeError
 from edgeattn.quant.methods.allocation import Budget, allocate
 from edgeattn.quant.recipe import PRESETS, Gptq, Recipe, Rule, WeightScheme
@@ -109,7 +109,7 @@ class Table:
         if INT4 in chosen.values() and not {"gptq", "reconstruct"} & {step.step for step in steps}:
             steps = (Gptq(), *steps)
         return self.base.model_copy(update={
-            "name": name, "rules": (*rules, *self.base.rules), "steps": steps,
+            "name": name, "rules": (*rules, *self.base.rules), "steps": steps, "margin": None,
             "residual": "float" if residual == FLOAT else self.base.residual,
         })  # fmt: skip
 

@@ -20,24 +20,24 @@ Written by edgeattn {{ m.edgeattn_version }} on {{ m.created }}. {{ "{:,}".forma
 | output | `{{ t.name }}` | {{ t.shape | join(" x ") }} | {{ t.dtype }} |
 {% endfor %}
 
-| target | variant | model | settings |
-| --- | --- | --- | --- |
+| target | variant | model | compute nodes by precision | settings |
+| --- | --- | --- | --- | --- |
 {% for a in m.artifacts %}
-| {{ a.target }} | {{ a.variant }} | `{{ a.model }}` | {% for k, v in a.settings.items() %}{{ k }}={{ v }} {% endfor %}|
+| {{ a.target }} | {{ a.variant }} | `{{ a.model }}` \
+| {% for k, v in a.precision.items() %}{{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %} \
+| {% for k, v in a.settings.items() %}{{ k }}={{ v }} {% endfor %}|
 {% endfor %}
 
-{% for variant, counts in m.nodes.items() %}
-- ONNX nodes, {{ variant }}: {{ counts.values() | sum }} (\
+{% for graph, counts in m.nodes.items() %}
+- ONNX nodes, {{ graph }}: {{ counts.values() | sum }} (\
 {%- for k, v in counts.items() %}{{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %})
 {% endfor %}
-- Compute nodes by precision: \
-{%- for k, v in m.precision.items() %} {{ v }} {{ k }}{{ ", " if not loop.last }}{% endfor %}
 
 {% if m.calibration %}
 - Calibrated on {{ m.calibration["images"] }} pictures of `{{ m.calibration["source"] }}`
   (SHA-256 of their pixels {{ m.calibration["sha256"][:16] }}), observer {{ m.calibration["observer"]["method"] }}.
 {% else %}
-- Not calibrated: floating point throughout.
+- Not calibrated{{ ": floating point throughout" if m.precision.keys() | list == ["float32"] }}.
 {% endif %}
 
 {% if m.steps %}

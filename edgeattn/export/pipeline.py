@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -12,21 +13,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import fx, nn
+from torch import nn
 
 import edgeattn
 from edgeattn.data.files import atomic_folder, sha256_of
-from edgeattn.data.interface import BATCH, IMAGE, RELATIVE_TOLERANCE
+from edgeattn.data.interface import interface_of
 from edgeattn.data.source import ImageSource, open_source
-from edgeattn.errors import GateFailed, NumericError, UsageError
+from edgeattn.errors import GateFailed, UsageError
+from edgeattn.export.golden import FLOAT, make_golden
 from edgeattn.export.model_card import model_card
 from edgeattn.export.onnx_model import Written, save_onnx
-from edgeattn.export.target import Artifact, Draft, get_target
-from edgeattn.quant.graph import first_nonfinite
+from edgeattn.export.placer import Placed, Placer
+from edgeattn.export.target import Artifact, Draft, Target, get_target
+from edgeattn.quant.qat.exported import recipe_for
 from edgeattn.quant.quantize import Progress, QuantizedModel, quantize
-from edgeattn.quant.recipe import Recipe
+from edgeattn.quant.recipe import Recipe, load_recipe
 from edgeattn.runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -35,6 +36,7 @@ from edgeattn.runtime.bundle import (
     FileEntry,
     Golden,
     Manifest,
+    PlacementEntry,
     TensorEntry,
     Variant,
 )
@@ -42,10 +44,8 @@ from edgeattn.runtime.verify import golden_differences, golden_problems
 
 logger = logging.getLogger(__name__)
 
-_ONNX: dict[Variant, str] = {"float32": "reference.onnx", "quantized": "model.onnx"}
-_GOLDEN_SAMPLES = 4
-_LARGE = 100_000_000  # parameters
-_FREE_SIZES = {"height": 224, "width": 256}  # of golden pictures where the model takes any size
+_QUANTIZED = "quantized"
+_LOCK = "recipe.lock.yaml"
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "Pillow")
 
 
@@ -54,7 +54,7 @@ def export(
     targets: Sequence[str],
     out: str | Path,
     *,
-    recipe: str | Recipe | dict[str, Any] = "w8a8",
+    recipe: str | Recipe | dict[str, Any] | None = None,
     data: Any = None,
     profile: Mapping[str, Any] | None = None,
     dynamic_size: bool = False,
@@ -62,6 +62,7 @@ def export(
     skip_bad: bool = False,
     work: str | Path | None = None,
     explain: bool = False,
+    placer: Placer | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Quantize a model, compile it for each target, check each artefact on golden inputs, and write the bundle.
@@ -69,10 +70,13 @@ def export(
     The folder `out` appears complete or not at all. With the recipe `float32` there is one variant only.
 
     Args:
+        recipe: None is w8a8, or what the model was trained with.
         data: calibration pictures (folder, .npz, iterable); also the source of the golden inputs.
         profile: device profile; None is this machine.
         dynamic_size: leave height and width free, in steps of 32 pixels; for models that take any size.
         work, explain: see `quantize`.
+        placer: chooses for each target what is quantized, and whether anything is, where the recipe has a margin
+            (`edgeattn.devices.placing.MeasuredPlacer`); None: every target gets what the recipe says.
         progress: called with (stage, done, total).
 
     Raises:
@@ -84,108 +88,177 @@ def export(
     chosen = {name: get_target(name) for name in dict.fromkeys(targets)}
     with atomic_folder(out, overwrite) as folder:
         source = None if data is None else open_source(data, skip_bad)
-        quantized = quantize(
-            model, recipe, source, targets=list(chosen), dynamic_size=dynamic_size, work=work, explain=explain,
-            progress=progress,
-        )  # fmt: skip
-        variants: list[Variant] = ["float32", "quantized"] if quantized.recipe.has_variant else ["float32"]
-        golden, tolerance = _golden(quantized, source, variants)
-        golden.write(folder / GOLDEN)
-        written: dict[str, Written] = {}
-        for i, variant in enumerate(variants):
-            _report(progress, "onnx", i, len(variants))
-            graph = quantized.float_graph if variant == "float32" else quantized.graph
-            written[variant] = save_onnx(graph, quantized.interface, folder / _ONNX[variant])
-        draft = Draft(folder, _ONNX, quantized.interface)
-        artifacts: list[Artifact] = []
-        for target in chosen.values():
-            for variant in variants:
-                _report(progress, "compile", len(artifacts), len(chosen) * len(variants))
-                artifacts.append(target.compile(draft, variant, profile))
-                _verify_artifact(artifacts[-1], golden, tolerance[variant])
-        notes = list(quantized.notes)
-        if source is None or not quantized.interface.is_classifier:
-            notes.append("golden inputs are synthetic: no pictures were given")
-        facts = {
-            "golden_tolerance": tolerance, "nodes": {variant: model.nodes for variant, model in written.items()},
-            "outputs": [TensorEntry(name=n, shape=s) for n, s in written["float32"].shapes.items()], "notes": notes,
-            "device_profile": dict(profile) if profile else None,
-        }  # fmt: skip
-        _write_manifest(folder, quantized, artifacts, facts)
-        _report(progress, "compile", len(artifacts), len(artifacts))
+        asked = recipe_for(model, recipe).for_targets(list(chosen))
+        placed = _placed(model, asked, source, list(chosen), placer)
+        options: dict[str, Any] = {"dynamic_size": dynamic_size, "work": work, "explain": explain, "progress": progress}
+        shares = _shares(model, asked, source, list(chosen), placed, options)
+        writer = _Writer(folder, shares, source, profile, progress)
+        for name, target in chosen.items():
+            writer.add(target, placed.get(name), placer, asked.least_speedup)
+        _write_manifest(folder, writer.finish(), asked, profile)
     return Bundle.open(out)
 
 
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress:
-        progress(stage, done, total)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A quantized graph and the targets that run it; `name` is its key in the manifest."""
+
+    name: str
+    model: QuantizedModel
+    targets: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Of its ONNX."""
+        return "model.onnx" if self.name == _QUANTIZED else f"model-{self.targets[0]}.onnx"
 
 
-def _golden(
-    quantized: QuantizedModel, source: ImageSource | None, variants: list[Variant]
-) -> tuple[Golden, dict[str, dict[str, float]]]:
-    """Golden inputs and the torch graphs' outputs; the largest allowed difference per variant and output.
-
-    A float32 runtime may differ by rounding (1e-4 of an output's spread unless the interface says more). An integer
-    runtime rounds each layer once more or less than the simulation, which can move a code by one: it may differ by no
-    more than quantization itself changed the output, twice over.
-    """
-    inputs = _golden_inputs(quantized, source)
-    outputs: dict[str, dict[str, np.ndarray]] = {
-        variant: _run(quantized.float_graph if variant == "float32" else quantized.graph, quantized, inputs, variant)
-        for variant in variants
-    }
-    plain = outputs["float32"]
-    shares = {name: quantized.interface.tolerance.get(name, RELATIVE_TOLERANCE) for name in plain}
-    tolerance = {"float32": {name: shares[name] * max(1.0, float(value.std())) for name, value in plain.items()}}
-    if "quantized" in variants:
-        tolerance["quantized"] = {
-            name: 2 * float(np.abs(outputs["quantized"][name] - value).max()) + tolerance["float32"][name]
-            for name, value in plain.items()
-        }
-    return Golden(inputs, outputs), tolerance
+def _placed(
+    model: nn.Module, recipe: Recipe, source: ImageSource | None, targets: list[str], placer: Placer | None
+) -> dict[str, Placed]:
+    if placer is None or source is None or recipe.least_speedup is None or not interface_of(model).is_classifier:
+        return {}
+    return placer.place(model, recipe, source, targets)
 
 
-def _run(
-    graph: fx.GraphModule, quantized: QuantizedModel, inputs: dict[str, np.ndarray], variant: str
-) -> dict[str, np.ndarray]:
-    tensors = [torch.from_numpy(value) for value in inputs.values()]
-    with torch.no_grad():
-        results = graph(*tensors)
-    results = tuple(results.values()) if isinstance(results, dict) else results
-    results = results if isinstance(results, tuple) else (results,)
-    outputs = {name: value.numpy() for name, value in zip(quantized.interface.outputs, results, strict=True)}
-    for name, value in outputs.items():
-        if not np.isfinite(value).all():
-            layer = first_nonfinite(graph, *tensors)
-            raise NumericError(
-                f"the {variant} model gives NaN or infinite {name}; they begin in layer {layer}. "
-                "Check the checkpoint and the preprocessing."
-            )
-    return outputs
-
-
-def _golden_inputs(quantized: QuantizedModel, source: ImageSource | None) -> dict[str, np.ndarray]:
-    if source is None or quantized.preprocessing is None or not quantized.interface.is_classifier:
-        # Without pictures any input shows whether a runtime computes the same. Large models get one sample.
-        samples = _GOLDEN_SAMPLES if quantized.parameters < _LARGE else 1
-        sizes = {axis: _FREE_SIZES.get(axis, 2) for axis in quantized.interface.free_axes} | {BATCH: samples}
-        return quantized.interface.examples(sizes)
-    images = [quantized.preprocessing(sample.image) for sample in source.spread(_GOLDEN_SAMPLES)]
-    return {IMAGE: np.stack(images)}
-
-
-def _verify_artifact(artifact: Artifact, golden: Golden, tolerance: dict[str, float]) -> None:
-    session = artifact.open()
-    try:
-        problems = golden_problems(golden_differences(session, golden, artifact.entry.variant), tolerance)
-    finally:
-        session.close()
-    if problems:
-        raise GateFailed(
-            f"{artifact.entry.target}/{artifact.entry.variant} does not compute what the torch graph computes: "
-            f"{problems}. No bundle was written. Try another recipe, or report the model and versions."
+def _shares(
+    model: nn.Module, asked: Recipe, source: ImageSource | None, targets: list[str], placed: dict[str, Placed],
+    options: dict[str, Any],
+) -> list[_Share]:  # fmt: skip
+    """The model quantized once for all targets with the same recipe; floating point for those that want nothing else,
+    which every share has beside it."""
+    recipes = {target: placed[target].recipe if target in placed else asked for target in targets}
+    groups: list[tuple[Recipe, list[str]]] = []
+    for target, recipe in recipes.items():
+        if recipe is None:
+            continue
+        known = next((group for group in groups if group[0] == recipe), None)
+        if known is None:
+            groups.append((recipe, [target]))
+        else:
+            known[1].append(target)
+    if not groups:
+        groups = [(load_recipe(FLOAT), [])]
+    return [
+        _Share(
+            f"{_QUANTIZED}-{users[0]}" if i else _QUANTIZED,
+            quantize(model, recipe, source, targets=targets, **options),
+            tuple(users),
         )
+        for i, (recipe, users) in enumerate(groups)
+    ]
+
+
+class _Writer:
+    """The bundle's folder while artefacts are added; what turns out not to pay is taken out again."""
+
+    def __init__(
+        self, folder: Path, shares: list[_Share], source: ImageSource | None, profile: Mapping[str, Any] | None,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.folder, self.profile, self.progress, self.source = folder, profile, progress, source
+        self.model = shares[0].model
+        self.shares = [share for share in shares if share.model.recipe.has_variant]
+        graphs = {FLOAT: self.model.float_graph, **{share.name: share.model.graph for share in self.shares}}
+        files = {FLOAT: "reference.onnx", **{share.name: share.file for share in self.shares}}
+        self.golden, self.tolerance = make_golden(self.model, graphs, source)
+        self.written: dict[str, Written] = {}
+        self.artifacts: list[Artifact] = []
+        self.placements: dict[str, PlacementEntry] = {}
+        for i, (name, graph) in enumerate(graphs.items()):
+            self._report("onnx", i, len(graphs))
+            self.written[name] = save_onnx(graph, self.model.interface, folder / files[name])
+
+    def add(self, target: Target, placed: Placed | None, placer: Placer | None, margin: float | None) -> None:
+        """Compile and check a target's artefacts; with a placer, keep the quantized one only if it pays."""
+        share = next((share for share in self.shares if target.name in share.targets), None)
+        plain = self._compiled(target, "float32", share)
+        self.artifacts.append(plain)
+        quantized = None if share is None else self._compiled(target, "quantized", share)
+        if placed is not None and placer is not None and margin is not None:
+            if quantized is None:
+                found = PlacementEntry(
+                    ships="float32", speedup=None, interval=None, left_float=list(placed.left_float),
+                    reason=placed.reason,
+                )  # fmt: skip
+            else:
+                sample = {name: value[:1] for name, value in self.golden.inputs.items()}
+                found = placer.judge(plain, quantized, sample, placed, margin)
+            self.placements[target.name] = found
+            if quantized is not None and found.ships == "float32":
+                self._delete(quantized)
+                return
+        if quantized is not None:
+            self.artifacts.append(quantized)
+
+    def _compiled(self, target: Target, variant: Variant, share: _Share | None) -> Artifact:
+        self._report("compile", len(self.artifacts), len(self.artifacts) + 1)
+        onnx: dict[Variant, str] = {"float32": "reference.onnx"}
+        if share is not None:
+            onnx["quantized"] = share.file
+        made = target.compile(Draft(self.folder, onnx, self.model.interface), variant, self.profile)
+        name = FLOAT if variant == "float32" or share is None else share.name
+        precision = self.model.float_precision if share is None or name == FLOAT else share.model.precision
+        made = dataclasses.replace(made, entry=made.entry.model_copy(update={"graph": name, "precision": precision}))
+        self._verify(made)
+        return made
+
+    def _verify(self, artifact: Artifact) -> None:
+        entry, session = artifact.entry, artifact.open()
+        try:
+            differences = golden_differences(session, self.golden, entry.graph)
+        finally:
+            session.close()
+        if problems := golden_problems(differences, self.tolerance[entry.graph]):
+            raise GateFailed(
+                f"{entry.target}/{entry.variant} does not compute what the torch graph computes: {problems}. "
+                "No bundle was written. Try another recipe, or report the model and versions."
+            )
+
+    def _delete(self, artifact: Artifact) -> None:
+        """Delete the files of an artefact that no other and no graph needs."""
+        needed = {name for other in self.artifacts for name in other.entry.files}
+        needed |= {share.file for share in self.shares} | {f"{share.file}.data" for share in self.shares}
+        for name in set(artifact.entry.files) - needed:
+            (self.folder / name).unlink()
+
+    def finish(self) -> dict[str, Any]:
+        """Take out graphs that no artefact has, write the golden outputs and the recipes; the manifest's entries."""
+        used = {artifact.entry.graph for artifact in self.artifacts}
+        for share in self.shares:
+            for name in (share.file, f"{share.file}.data") if share.name not in used else ():
+                (self.folder / name).unlink(missing_ok=True)
+        kept = [share for share in self.shares if share.name in used]
+        recipes = [share.model.recipe for share in kept] or [load_recipe(FLOAT)]
+        (self.folder / _LOCK).write_text(recipes[0].to_yaml())
+        for share in kept[1:]:
+            (self.folder / f"recipe-{share.targets[0]}.lock.yaml").write_text(share.model.recipe.to_yaml())
+        outputs = {name: value for name, value in self.golden.outputs.items() if name in used}
+        Golden(self.golden.inputs, outputs).write(self.folder / GOLDEN)
+        shown = kept[0].model if kept else self.model
+        self._report("compile", len(self.artifacts), len(self.artifacts))
+        return {
+            **_described(shown),
+            "golden_tolerance": {name: value for name, value in self.tolerance.items() if name in used},
+            "nodes": {name: written.nodes for name, written in self.written.items() if name in used},
+            "outputs": [TensorEntry(name=n, shape=s) for n, s in self.written[FLOAT].shapes.items()],
+            "artifacts": [artifact.entry for artifact in self.artifacts], "placements": self.placements,
+            "notes": self._notes(kept),
+            "precision": kept[0].model.precision if kept else self.model.float_precision,
+        }  # fmt: skip
+
+    def _notes(self, kept: list[_Share]) -> list[str]:
+        notes = list(kept[0].model.notes if kept else self.model.notes)
+        for share in kept[1:]:
+            notes += [f"{', '.join(share.targets)}: {note}" for note in share.model.notes if note not in notes]
+        notes += [f"{target} gets {entry.ships}: {entry.reason}" for target, entry in self.placements.items()]
+        if self.source is None or not self.model.interface.is_classifier:
+            notes.append("golden inputs are synthetic: no pictures were given")
+        return notes
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(stage, done, total)
 
 
 def _tool_versions() -> dict[str, str]:
@@ -198,31 +271,31 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
-def _write_manifest(folder: Path, quantized: QuantizedModel, artifacts: list[Artifact], facts: dict[str, Any]) -> None:
-    (folder / "recipe.lock.yaml").write_text(quantized.recipe.to_yaml())
-    is_classifier = quantized.interface.is_classifier
-    values: dict[str, Any] = {
-        "edgeattn_version": edgeattn.__version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": quantized.name,
-        "model_config": _plain(quantized.config),
-        "parameters": quantized.parameters,
+def _described(model: QuantizedModel) -> dict[str, Any]:
+    """What the manifest says of the model itself."""
+    is_classifier = model.interface.is_classifier
+    return {
+        "model": model.name,
+        "model_config": json.loads(json.dumps(model.config)),  # tuples as lists, so that it reads back equal
+        "parameters": model.parameters,
         "task": "classification" if is_classifier else "other",
         "inputs": [
-            TensorEntry(name=spec.name, shape=list(spec.shape), dtype=spec.dtype) for spec in quantized.interface.inputs
+            TensorEntry(name=spec.name, shape=list(spec.shape), dtype=spec.dtype) for spec in model.interface.inputs
         ],
-        "preprocessing": quantized.preprocessing.to_dict() if quantized.preprocessing else None,
+        "preprocessing": model.preprocessing.to_dict() if model.preprocessing else None,
         "postprocessing": "softmax" if is_classifier else None,
-        "class_names": list(quantized.class_names) if quantized.class_names else None,
-        "recipe": quantized.recipe.name,
-        "gate": quantized.recipe.gate,
-        "precision": quantized.precision,
-        "calibration": quantized.calibration,
-        "steps": list(quantized.steps),
-        "tools": _tool_versions(),
-        "artifacts": [artifact.entry for artifact in artifacts],
-        **facts,
+        "class_names": list(model.class_names) if model.class_names else None,
+        "calibration": model.calibration,
+        "steps": list(model.steps),
     }
+
+
+def _write_manifest(folder: Path, values: dict[str, Any], asked: Recipe, profile: Mapping[str, Any] | None) -> None:
+    values = {
+        **values, "edgeattn_version": edgeattn.__version__, "tools": _tool_versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "recipe": asked.name, "gate": asked.gate,
+        "device_profile": dict(profile) if profile else None,
+    }  # fmt: skip
     (folder / "README.md").write_text(model_card(Manifest(files={}, **values)))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {
@@ -231,8 +304,3 @@ def _write_manifest(folder: Path, quantized: QuantizedModel, artifacts: list[Art
     text = Manifest(files=entries, **values).model_dump_json(indent=2, by_alias=True) + "\n"
     (folder / MANIFEST).write_text(text)
     (folder / MANIFEST_DIGEST).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, so that the manifest reads back equal."""
-    return json.loads(json.dumps(config))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,33 @@ def _own_copies(open_state: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     return copies
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that edgeattn wrote into a file, without its tensors; empty for foreign files and other formats.
+
+    Raises:
+        CheckpointError: missing or corrupt.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with _reading(path), safetensors.safe_open(path, framework="pt") as handle:
+        metadata = (handle.metadata() or {}).get(METADATA_KEY)
+        return json.loads(metadata) if metadata else {}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the library says of a damaged file as an error that says what to do."""
     try:
-        state = _own_copies(lambda: _map_safetensors(path))
-        with safetensors.safe_open(path, framework="pt") as handle:
-            metadata = (handle.metadata() or {}).get(METADATA_KEY)
+        yield
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} as safetensors: {error}. Is it complete? Copy it again.") from error
-    return state, json.loads(metadata) if metadata else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with _reading(path):
+        state = _own_copies(lambda: _map_safetensors(path))
+    return state, read_metadata(path)
 
 
 def _map_safetensors(path: Path) -> dict[str, Tensor]:

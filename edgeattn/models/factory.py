@@ -68,7 +68,7 @@ def create_model(
     if "quantization" in metadata:
         raise CheckpointError(
             f"{where} holds a network with trained quantizers (`edgeattn train --qat`), which create_model does not "
-            "make; load it with edgeattn.quant.qat.stored.load_trained."
+            "make; load it with edgeattn.quant.qat.stored.load_trained. `edgeattn export` takes the file as it is."
         )
     if metadata and metadata.get("model") not in (None, name):
         raise CheckpointError(f"{where} was written for {metadata['model']!r}, not {name!r}; name that model.")

@@ -16,12 +16,29 @@ from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.graph import aten, is_call, module_path
 from edgeattn.quant.methods.gptq import Hessian
 from edgeattn.quant.observers import InputMean, Observer
-from edgeattn.quant.recipe import BiasCorrection, Equalize, Gptq, Prescale, Recipe, Reconstruct, Revert, Smooth
+from edgeattn.quant.recipe import Recipe
 from edgeattn.quant.reconstruct import reconstruct
 from edgeattn.quant.revert import Reverting
 from edgeattn.quant.rewrite import equalize, prescale, smooth
+from edgeattn.quant.rewrite_awq import awq
+from edgeattn.quant.rewrite_layernorm import power_of_two, reparameterize
+from edgeattn.quant.rewrite_rotation import rotate
+from edgeattn.quant.steps import (
+    Awq,
+    BiasCorrection,
+    Equalize,
+    Gptq,
+    PowerOfTwo,
+    Prescale,
+    Reconstruct,
+    Reparameterize,
+    Revert,
+    Rotate,
+    Smooth,
+)
 
 _SHOWN = 64  # pictures that show how large channels get
+_REWRITES = (Equalize, Smooth, Prescale, Awq, Reparameterize, PowerOfTwo, Rotate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +61,23 @@ def build(
         RecipeError: nothing is left to quantize, a rule matches nothing, a group size does not fit.
         NumericError: NaN in an activation; the layer is named.
     """
-    graph, notes = copy.deepcopy(float_graph), []
-    for step in recipe.steps:
-        notes += _rewrite(graph, step, calibrator)
+    graph, notes = _rewritten(float_graph, recipe, calibrator)
     chosen, seen = _planned(graph, recipe, calibrator)
     reverting = next((step for step in recipe.steps if isinstance(step, Revert)), None)
     if reverting is not None:
         search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
         for step in reverting.otherwise if search.needed else ():
-            notes += _rewrite(graph, step, calibrator)
+            notes += _rewrite(graph, step, recipe, calibrator)
             chosen, seen = _planned(graph, recipe, calibrator)
             search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
-            # In its place, so that the stored recipe rewrites the graph in the same order.
-            at = search.recipe.steps.index(reverting)
-            steps = (*recipe.steps[:at], step, *recipe.steps[at:])
-            search.recipe = recipe = recipe.model_copy(update={"steps": steps})
-        recipe, done = search.run()
-        notes.append(done)
+            search.recipe = recipe = recipe.model_copy(update={"steps": _with(recipe, step, reverting)})
+        planned, (recipe, done) = recipe, search.run()
+        if planned.rules != recipe.rules and any(isinstance(step, Awq) for step in recipe.steps):
+            # Its scales depend on the layers' schemes: the stored recipe finds those of the new rules.
+            graph, notes = _rewritten(float_graph, recipe, calibrator)
+            chosen, seen = _planned(graph, recipe, calibrator)
         chosen = placement.plan(graph, recipe)
+        notes.append(done)
     notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
     precision = chosen.summary(graph)
     if any(isinstance(step, Reconstruct) for step in recipe.steps):
@@ -71,7 +87,21 @@ def build(
     return Built(graph, recipe, precision, notes)
 
 
-def _rewrite(graph: fx.GraphModule, step: Any, calibrator: Calibrator) -> list[str]:
+def _rewritten(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> tuple[fx.GraphModule, list[str]]:
+    graph, notes = copy.deepcopy(float_graph), []
+    for step in recipe.steps:
+        notes += _rewrite(graph, step, recipe, calibrator)
+    return graph, notes
+
+
+def _with(recipe: Recipe, step: Any, reverting: Revert) -> tuple[Any, ...]:
+    """The recipe's steps and one that was applied last, so that the stored recipe rewrites the graph in that order."""
+    steps = recipe.steps
+    at = max([steps.index(reverting), *(i + 1 for i, other in enumerate(steps) if isinstance(other, _REWRITES))])
+    return (*steps[:at], step, *steps[at:])
+
+
+def _rewrite(graph: fx.GraphModule, step: Any, recipe: Recipe, calibrator: Calibrator) -> list[str]:
     """Apply a step that changes the float graph; others come into play later."""
     if isinstance(step, Equalize):
         return [equalize(graph)]
@@ -79,6 +109,15 @@ def _rewrite(graph: fx.GraphModule, step: Any, calibrator: Calibrator) -> list[s
         return [smooth(graph, calibrator.sample(_SHOWN), step.alpha)]
     if isinstance(step, Prescale):
         return [prescale(graph, calibrator.sample(_SHOWN), step.alpha, step.imbalance)]
+    if isinstance(step, Awq):
+        return [awq(graph, calibrator.sample(_SHOWN), placement.plan(graph, recipe).weighted)]
+    symmetric = recipe.activations is not None and recipe.activations.signedness == "int8"
+    if isinstance(step, Reparameterize):
+        return [reparameterize(graph, calibrator.sample(_SHOWN))]
+    if isinstance(step, PowerOfTwo):
+        return [power_of_two(graph, calibrator.sample(_SHOWN), symmetric)]
+    if isinstance(step, Rotate):
+        return [rotate(graph, calibrator.sample(2))]
     return []
 
 

@@ -27,17 +27,54 @@ def _dimension(axis: str) -> Any:
 def capture(model: nn.Module, interface: Interface) -> fx.GraphModule:
     """Trace a model in evaluation mode with free axes; parameters become attributes of the graph module.
 
+    Nothing in the graph writes into a tensor: what the model does in place is made functional.
+
     Raises:
-        UnsupportedOp: torch.export cannot trace the model; its own reason is kept.
+        UnsupportedOp: torch.export cannot trace the model, its own reason is kept; or the model keeps state.
     """
     try:
-        return traced(model.eval(), interface).module(check_guards=False)
+        program = traced(model.eval(), interface)
+        in_place = any(_writes(node) for node in program.graph.nodes)
+        graph = (program.run_decompositions({}) if in_place else program).module(check_guards=False)
     except Exception as error:  # torch.export raises many classes
         shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in interface.inputs)
         raise UnsupportedOp(
             f"torch.export cannot trace {type(model).__name__} on {shapes}: {error}. "
             "Data-dependent Python control flow in forward() is the usual cause."
         ) from error
+    return _functional(graph, type(model).__name__) if in_place else graph
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functional(graph: fx.GraphModule, what: str) -> fx.GraphModule:
+    """The graph behind torch's functionalization without its last traces, in place: what it would write back into
+    inputs and buffers, and BatchNorm as the op that it makes of it.
+
+    Raises:
+        UnsupportedOp: an output depends on a buffer that every call changes.
+    """
+    written: set[str] = set()
+    for node in calls(graph, aten.copy_.default):
+        written |= {str(source.target) for source in node.all_input_nodes[:1] if source.op == "get_attr"}
+        graph.graph.erase_node(node)
+    for node in calls(graph, aten._native_batch_norm_legit_no_training.default):
+        values, numbers = node.args[:5], node.args[5:]
+        with graph.graph.inserting_before(node):
+            norm = graph.graph.call_function(aten.batch_norm.default, (*values, False, *numbers, False))
+        for result in list(node.users):  # its second and third are empty in evaluation, and nobody reads them
+            norm.meta = dict(result.meta)
+            result.replace_all_uses_with(norm)
+    finish(graph)
+    if state := sorted(written & {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}):
+        raise UnsupportedOp(
+            f"{what} keeps state: forward() changes the buffer {', '.join(state)}, and its result depends on that. An "
+            "exported model computes every input alike; make the state an input, or leave it out in evaluation mode."
+        )
+    return graph
 
 
 def traced(model: nn.Module, interface: Interface) -> torch.export.ExportedProgram:

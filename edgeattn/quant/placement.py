@@ -263,22 +263,28 @@ def _quantize_layer(
     bias = attribute(graph, node.args[2]) if len(node.args) > 2 else None
     input_scale = scales.get(node.args[0])  # type: ignore[arg-type]
     assert weight is not None
-    in_integers = scheme.bits == 8 and input_scale is not None
     stored = seen.stored.get(node) or rounded(graph, node, scheme, input_scale, seen.hessians.get(node), method)
-    path = module_path(node)
     if node in seen.input_means:
         change = weights.correction(weight, stored, seen.input_means[node])
         bias = change if bias is None else bias.detach() + change
-        set_input(node, 2, add_attribute(graph, f"{path}_bias", bias, node))
-    if scheme.bits == 4:
+        set_input(node, 2, add_attribute(graph, f"{module_path(node)}_bias", bias, node))
+    store(graph, node, stored, input_scale if scheme.bits == 8 else None)
+
+
+def store(graph: fx.GraphModule, node: fx.Node, stored: weights.QuantizedWeight, input_scale: Tensor | None) -> None:
+    """Put a layer's stored weight into the graph; with the scale of its int8 inputs it computes in int8."""
+    path = module_path(node)
+    if stored.bits == 4:
         _attach_int4(graph, node, stored, path)
         return
     set_input(node, 1, _dequantized(graph, f"{path}_weight_int8", stored.codes, stored.scale, node))
-    if in_integers and bias is not None:
-        bias_codes, bias_scale = quantize_bias(bias, input_scale, stored.scale)  # type: ignore[arg-type]
+    if input_scale is None:
+        return
+    bias = attribute(graph, node.args[2]) if len(node.args) > 2 else None
+    if bias is not None:
+        bias_codes, bias_scale = quantize_bias(bias, input_scale, stored.scale)
         set_input(node, 2, _dequantized(graph, f"{path}_bias_int32", bias_codes, bias_scale, node))
-    if in_integers:
-        _flatten_tokens(graph, node)
+    _flatten_tokens(graph, node)
 
 
 def _attach_int4(graph: fx.GraphModule, node: fx.Node, stored: weights.QuantizedWeight, path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from edgeattn.data.interface import Interface, classifier_interface, interface_of
+from edgeattn.data.interface import LOGITS, Interface, classifier_interface, interface_of
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.data.source import ImageSource, open_source
 from edgeattn.errors import RecipeError, UsageError
@@ -22,10 +22,10 @@ from edgeattn.quant.build import Built, build
 from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import capture
-from edgeattn.quant.recipe import (
-    Recipe,
-    load_recipe,
-)
+from edgeattn.quant.qat import exported
+from edgeattn.quant.qat.convert import freeze
+from edgeattn.quant.qat.exported import TrainedRecipe, recipe_for
+from edgeattn.quant.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,15 @@ class QuantizedModel:
     notes: tuple[str, ...]
     steps: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def float_precision(self) -> dict[str, int]:
+        """Compute nodes of `float_graph`, as `precision`."""
+        return {"float32": _count_layers(self.float_graph)}
+
 
 def quantize(
     model: nn.Module,
-    recipe: str | Recipe | dict[str, Any] = "w8a8",
+    recipe: str | Recipe | dict[str, Any] | None = None,
     data: Any = None,
     *,
     targets: list[str] | None = None,
@@ -77,7 +82,9 @@ def quantize(
     Args:
         model: a model of the zoo; or any classifier with a `preprocessing` attribute (see `Preprocessing`), any other
             model with an `interface` attribute (see `Interface`).
-        data: folder, .npz, or iterable of pictures; needed unless the recipe is float32.
+        recipe: None is w8a8; a model that was trained with quantizers (`load_trained`) carries its own and takes no
+            other.
+        data: folder, .npz, or iterable of pictures; needed unless the recipe is float32 or the model's own.
         targets: what the result will run on; decides the signedness of activations.
         dynamic_size: leave height and width free.
         work: folder for what a long step has finished, so that a run that was stopped goes on there.
@@ -88,7 +95,10 @@ def quantize(
         UsageError: the model takes no other size. DataError: no or unreadable data. RecipeError: the recipe does not
         fit. NumericError: NaN; the layer is named.
     """
-    chosen = load_recipe(recipe).for_targets(targets or ["onnxruntime"])
+    chosen = recipe_for(model, recipe).for_targets(targets or ["onnxruntime"])
+    if isinstance(chosen, TrainedRecipe):
+        source = None if data is None else open_source(data, skip_bad)
+        return _trained(model, chosen, source, dynamic_size, explain)
     model = getattr(model, "for_export", lambda: model)()  # leaves out results that are for tests only
     interface = _free_size(model) if dynamic_size else interface_of(model)
     preprocessing = getattr(model, "preprocessing", None)
@@ -139,6 +149,26 @@ def _explained(
     calibrator_for = functools.partial(Calibrator, source, preprocessing=preprocessing)
     effects = ablation(float_graph, recipe, calibrator_for, pictures, graph, progress)
     return tuple(effect.to_dict() for effect in effects), note
+
+
+def _trained(
+    model: nn.Module, recipe: TrainedRecipe, source: ImageSource | None, dynamic_size: bool, explain: bool
+) -> QuantizedModel:
+    """A model that was trained with quantizers: both graphs lie on its grids; pictures only name the classes."""
+    interface = _free_size(model) if dynamic_size else interface_of(model)
+    float_graph = capture(freeze(model), interface)
+    fold(float_graph)
+    built = exported.build(float_graph, model, recipe)
+    notes = [*getattr(model, "notes", []), *built.notes]
+    notes += ["nothing to explain: what was trained has no steps that could be left out"] if explain else []
+    class_names = _class_names(model, built.graph, source, notes)
+    return QuantizedModel(
+        name=getattr(model, "name", type(model).__name__), float_graph=float_graph, graph=built.graph, recipe=recipe,
+        interface=dataclasses.replace(interface, tolerance={LOGITS: exported.TIE_SHARE}),
+        preprocessing=getattr(model, "preprocessing", None), class_names=class_names,
+        config=getattr(model, "config", {}), parameters=sum(p.numel() for p in model.parameters()),
+        precision=built.precision, calibration=None, notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _free_size(model: nn.Module) -> Interface:

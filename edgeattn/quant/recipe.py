@@ -11,6 +11,9 @@ import pydantic
 import yaml
 
 from edgeattn.errors import RecipeError
+from edgeattn.quant.steps import ACTIVATION_STEPS, STEPS, WEIGHT_STEPS, BiasCorrection, Gptq, Revert, Step, Strict
+from edgeattn.quant.steps import Equalize as Equalize
+from edgeattn.quant.steps import Reconstruct as Reconstruct
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -25,11 +28,7 @@ _TARGET_FORMATS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-
-class ObserverSettings(_Strict):
+class ObserverSettings(Strict):
     """How a range is chosen from what calibration saw (reference: quantization conventions, section 5.1)."""
 
     method: Literal["min_max", "moving_average", "percentile", "mse", "entropy"] = "percentile"
@@ -39,7 +38,7 @@ class ObserverSettings(_Strict):
     momentum: float = pydantic.Field(default=0.95, gt=0, lt=1, description="of moving_average, per batch")
 
 
-class WeightScheme(_Strict):
+class WeightScheme(Strict):
     """Symmetric weights: scale = max|w| / (2^(bits - 1) - 1), one per output channel or per group of inputs.
 
     `group_size: auto` is 32 or 16, whichever divides a layer's inputs; else the layer stays at 8 bits per channel, as
@@ -61,7 +60,7 @@ class WeightScheme(_Strict):
         return self
 
 
-class ActivationScheme(_Strict):
+class ActivationScheme(Strict):
     """Static int8 activations, one scale per tensor. `auto` takes the signedness that the targets compute in."""
 
     bits: Literal[8] = 8
@@ -70,85 +69,14 @@ class ActivationScheme(_Strict):
     observer: ObserverSettings = ObserverSettings()
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """How many pictures set the ranges, in the source's order."""
 
     images: int = pydantic.Field(default=512, ge=1)
     batch_size: int = pydantic.Field(default=16, ge=1)
 
 
-class Equalize(_Strict):
-    """Cross-layer equalisation of convolutions with nothing or a ReLU in between (reference section 5.7)."""
-
-    step: Literal["equalize"] = "equalize"
-
-
-class Smooth(_Strict):
-    """SmoothQuant: activation outliers of linear layers moved into their weights through the LayerNorm in front."""
-
-    step: Literal["smooth"] = "smooth"
-    alpha: float = pydantic.Field(default=0.5, ge=0, le=1)
-
-
-class BiasCorrection(_Strict):
-    """The mean error that rounded weights make, taken out of the bias."""
-
-    step: Literal["bias_correction"] = "bias_correction"
-
-
-class Gptq(_Strict):
-    """Weights rounded one column after the other, each making up for the errors of those before."""
-
-    step: Literal["gptq"] = "gptq"
-    act_order: bool = False
-    percdamp: float = pydantic.Field(default=0.01, gt=0)
-
-
-class Reconstruct(_Strict):
-    """Rounding of weights learned on pictures, so that a layer or residual block gives what it gives in float32.
-
-    Takes the place of gptq, and of bias_correction: that looks at float inputs, and takes back what rounding made up
-    for of earlier layers' errors. `images` of the calibration pictures are used; `iterations` are per layer or block.
-    """
-
-    step: Literal["reconstruct"] = "reconstruct"
-    unit: Literal["layer", "block"] = "layer"
-    iterations: int = pydantic.Field(default=500, ge=1)
-    learning_rate: float = pydantic.Field(default=0.2, gt=0)
-    images: int = pydantic.Field(default=128, ge=1)
-    batch_size: int = pydantic.Field(default=16, ge=1)
-
-
-class Prescale(_Strict):
-    """SmoothQuant by a multiplication of its own, where no layer in front can take the scale (a concatenation, say)."""
-
-    step: Literal["prescale"] = "prescale"
-    alpha: float = pydantic.Field(default=0.75, ge=0, le=1)
-    imbalance: float = pydantic.Field(default=0.5, gt=0, le=1, description="1 scales every such tensor")
-
-
-class Revert(_Strict):
-    """More bits for what costs most accuracy, until the logits are `goal_db` above their quantization noise.
-
-    On the pictures' logits, in the sum of norms. First the steps named `otherwise` are taken; then, one at a time,
-    what helps most: a layer gets 8 bits in place of 4 or floating point in place of 8, or all residual additions
-    floating point. At most the share `most` of the layers is reverted, and nothing that helps less than `least`.
-    """
-
-    step: Literal["revert"] = "revert"
-    goal_db: float = 24.0
-    least: float = pydantic.Field(default=0.02, gt=0, lt=1)
-    most: float = pydantic.Field(default=0.1, ge=0, le=1)
-    images: int = pydantic.Field(default=32, ge=1)
-    otherwise: tuple[Prescale, ...] = (Prescale(),)
-
-
-Step = Annotated[
-    Equalize | Smooth | Prescale | BiasCorrection | Gptq | Reconstruct | Revert, pydantic.Field(discriminator="step")
-]
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """Modules (shell pattern on the model's own names) that are treated differently, and why.
 
     The first rule that matches decides. `precision: float` leaves them in floating point; `weights` replaces the
@@ -175,7 +103,7 @@ class Rule(_Strict):
         return self.weights is None
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A quantization recipe.
 
     `activations: null` quantizes weights only; `weights: null` as well means floating point throughout.
@@ -197,6 +125,11 @@ class Recipe(_Strict):
     )
     steps: tuple[Step, ...] = pydantic.Field(default=(), description="methods beyond rounding, in this order")
     gate: Literal["mlperf99", "mlperf999"] = "mlperf99"
+    margin: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] | None = pydantic.Field(
+        default="auto",
+        description="times as fast as float32 that a target must run the quantized model, at the low end of the "
+        "interval, or it gets float32; null: kept for its size, whatever its speed; auto: 1 for int8, else null",
+    )
 
     @pydantic.model_validator(mode="after")
     def _activations_need_weights(self) -> Recipe:
@@ -204,8 +137,13 @@ class Recipe(_Strict):
             raise ValueError("activations cannot be quantized without weights; set weights, or activations: null")
         if self.weights is not None and self.float_type == "float16":
             raise ValueError("float_type float16 is for models without integers; set weights and activations to null")
-        if {"gptq", "reconstruct"} <= {step.step for step in self.steps}:
+        names = {step.step for step in self.steps}
+        if {"gptq", "reconstruct"} <= names:
             raise ValueError("steps gptq and reconstruct both round the weights; name one of them")
+        if self.weights is None and (idle := sorted(names & WEIGHT_STEPS)):
+            raise ValueError(f"weights is null, so step {idle[0]} has nothing to help; set weights, or drop the step")
+        if self.activations is None and (idle := sorted(names & ACTIVATION_STEPS)):
+            raise ValueError(f"activations is null, so step {idle[0]} has nothing to help; set it, or drop the step")
         return self
 
     @property
@@ -217,6 +155,13 @@ class Recipe(_Strict):
     def has_variant(self) -> bool:
         """Whether there is something to make beside the float32 model: a quantized or a float16 one."""
         return not self.is_float or self.float_type == "float16"
+
+    @property
+    def least_speedup(self) -> float | None:
+        """`margin` with auto resolved."""
+        if self.margin != "auto":
+            return self.margin
+        return 1.0 if self.weights is not None and self.weights.bits == 8 and self.activations is not None else None
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -342,9 +287,7 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     """Field names of the model at a place in the recipe."""
     models: dict[str, type[pydantic.BaseModel]] = {
         "weights": WeightScheme, "activations": ActivationScheme, "calibration": Calibration,
-        "observer": ObserverSettings, "rules": Rule, "equalize": Equalize, "smooth": Smooth,
-        "bias_correction": BiasCorrection, "gptq": Gptq, "prescale": Prescale, "revert": Revert,
-        "reconstruct": Reconstruct,
+        "observer": ObserverSettings, "rules": Rule, **STEPS,
     }  # fmt: skip
     named = [part for part in location if part in models]
     return list((models[named[-1]] if named else Recipe).model_fields)

@@ -46,13 +46,32 @@ class FileEntry(_Strict):
 
 
 class ArtifactEntry(_Strict):
-    """One runnable form of the model: which target, which variant, its main file, and the options it runs with."""
+    """One runnable form of the model: which target, which variant, its main file, and the options it runs with.
+
+    `graph` is the key of its golden outputs, tolerance and node counts; targets may have quantized graphs of their own.
+    `precision` counts its compute nodes.
+    """
 
     target: str
     variant: Variant
     model: str
     files: list[str]
     settings: dict[str, Any]
+    graph: str = ""
+    precision: dict[str, int] = {}
+
+
+class PlacementEntry(_Strict):
+    """What was measured at export to choose a target's artefact: times as fast as float32, with a 95 % interval.
+
+    `left_float` names what the recipe would quantize and this target runs faster, or as fast, in floating point.
+    """
+
+    ships: Variant
+    speedup: float | None
+    interval: tuple[float, float] | None
+    left_float: list[str]
+    reason: str
 
 
 class TensorEntry(_Strict):
@@ -66,8 +85,10 @@ class TensorEntry(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative with forward slashes; times are UTC.
 
-    `golden_tolerance` is per variant and output; `nodes` counts the ONNX nodes of a variant by op type;
-    `steps` is what each part of the recipe gave, where that was asked for.
+    `golden_tolerance` is per graph and output; `nodes` counts the ONNX nodes of a graph by op type (graphs: float32,
+    quantized, and quantized-TARGET where a target has its own); `precision` is of the first target's last artefact;
+    `placements` is by target, where placement was measured; `steps` is what each part of the recipe gave, where that
+    was asked for.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -84,13 +105,14 @@ class Manifest(_Strict):
     class_names: list[str] | None = None
     recipe: str
     gate: str = "mlperf99"
-    precision: dict[str, int]
+    precision: dict[str, int] = {}
     calibration: dict[str, Any] | None = None
     device_profile: dict[str, Any] | None = None
     tools: dict[str, str]
     golden_tolerance: dict[str, dict[str, float]]
     nodes: dict[str, dict[str, int]] = {}
     artifacts: list[ArtifactEntry]
+    placements: dict[str, PlacementEntry] = {}
     notes: list[str] = []
     steps: list[dict[str, Any]] = []
     files: dict[str, FileEntry]
@@ -98,16 +120,16 @@ class Manifest(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """Inputs by name, and the outputs by name that each variant's graph gave for them."""
+    """Inputs by name, and the outputs by name that each graph gave for them."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, dict[str, np.ndarray]]
 
     def write(self, path: Path) -> None:
-        """Write an uncompressed `.npz`: `input/NAME`, `VARIANT/NAME`."""
+        """Write an uncompressed `.npz`: `input/NAME`, `GRAPH/NAME`."""
         arrays = {f"input/{name}": value for name, value in self.inputs.items()}
-        for variant, values in self.outputs.items():
-            arrays.update({f"{variant}/{name}": value for name, value in values.items()})
+        for graph, values in self.outputs.items():
+            arrays.update({f"{graph}/{name}": value for name, value in values.items()})
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod

@@ -49,9 +49,9 @@ class Verification:
         return {**dataclasses.asdict(self), "ok": self.ok}
 
 
-def golden_differences(session: Session, golden: Golden, variant: str) -> dict[str, float]:
-    """Largest absolute difference from the expected outputs, by output, sample by sample; infinite for NaN."""
-    expected = golden.outputs[variant]
+def golden_differences(session: Session, golden: Golden, graph: str) -> dict[str, float]:
+    """Largest absolute difference from a graph's outputs, by output, sample by sample; infinite for NaN."""
+    expected = golden.outputs[graph]
     worst = dict.fromkeys(expected, 0.0)
     for at in golden.samples():
         got = session.run({name: value[at] for name, value in golden.inputs.items()})
@@ -88,11 +88,11 @@ def verify(path: str | Path) -> Verification:
             skipped.append(f"{name}: {error}")
             continue
         try:
-            differences = golden_differences(session, golden, entry.variant)
+            differences = golden_differences(session, golden, entry.graph)
         finally:
             session.close()
         checked[name] = max(differences.values())
-        problem = golden_problems(differences, bundle.manifest.golden_tolerance[entry.variant])
+        problem = golden_problems(differences, bundle.manifest.golden_tolerance[entry.graph])
         if problem:
             problems.append(f"{name}: {problem}")
     return Verification(len(bundle.manifest.files), checked, tuple(problems), tuple(skipped), tuple(bundle.unlisted()))

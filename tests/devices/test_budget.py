@@ -9,10 +9,10 @@ from torch import nn
 from edgeattn import create_model
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.data.source import open_source
-from edgeattn.devices import budget_bench, budget_table
+from edgeattn.devices import budget_table, recipe_bench
 from edgeattn.devices.budget import Limit, parse_budget, plan_budget, recipe_for_budget
-from edgeattn.devices.budget_bench import Bench, TimingCache
 from edgeattn.devices.budget_table import CODES, FLOAT, INT4, INT8, Unit, rule_for
+from edgeattn.devices.recipe_bench import Bench, TimingCache
 from edgeattn.errors import DataError, RecipeError, UsageError
 from edgeattn.quant.quantize import quantize
 from edgeattn.quant.recipe import Recipe, load_recipe
@@ -307,7 +307,7 @@ def all_float():
 
 
 def test_a_damaged_cache_is_measured_again(tmp_path, caplog):
-    cache = TimingCache(tmp_path / budget_bench.CACHE)
+    cache = TimingCache(tmp_path / recipe_bench.CACHE)
     cache.put("a", [1.0])
     cache.put("b", [2.0])
     assert (cache.get("a"), cache.get("b"), cache.get("c")) == ([1.0], [2.0], None)
@@ -315,7 +315,7 @@ def test_a_damaged_cache_is_measured_again(tmp_path, caplog):
     assert cache.get("a") is None and "is damaged" in caplog.text
     cache.put("c", [3.0])
     assert cache.get("c") == [3.0]
-    blocked = TimingCache(tmp_path / budget_bench.CACHE / "below-a-file.json")
+    blocked = TimingCache(tmp_path / recipe_bench.CACHE / "below-a-file.json")
     assert blocked.get("a") is None
 
 

@@ -26,6 +26,9 @@ def test_prefixes_end_with_the_recipe():
     for recipe in (PRESETS["w8a8"], PRESETS["w4a16"]):
         assert list(prefixes(recipe))[-1][1] == recipe
     assert not any("ranges" in label for label, _ in prefixes(PRESETS["w4a16"]))
+    names = ["rotate", "reparameterize", "awq", "power_of_two"]
+    several = load_recipe({"name": "s", "steps": [{"step": name} for name in names]})
+    assert [label for label, _ in prefixes(several)][-4:] == [f"+ {name}" for name in names]
     plain = load_recipe({"name": "p", "activations": {"observer": {"method": "min_max"}}})
     assert len(list(prefixes(plain))) == 2, "nothing is added to min-max ranges"
 
@@ -57,6 +60,16 @@ def test_steps_are_in_the_result_and_only_when_asked_for(pictures):
     assert first["sqnr_db"] < gptq["sqnr_db"] and all(0 <= step["agreement"] <= 1 for step in result.steps)
     assert stages[-1] == ("steps", 3, 3) and json.dumps(result.steps)
     assert quantize(model, RECIPE, pictures).steps == ()
+
+
+def test_a_step_that_finds_nothing_changes_nothing(pictures):
+    torch.manual_seed(0)
+    recipe = {"name": "r", "calibration": {"images": 12}, "steps": [{"step": "reparameterize"}, {"step": "awq"}]}
+    result = quantize(Small().eval(), recipe, pictures, explain=True)
+    *_, ranges, reparameterized, awq, final = result.steps
+    assert reparameterized["label"] == "+ reparameterize" and reparameterized["sqnr_db"] == ranges["sqnr_db"]
+    assert any(note.startswith("reparameterized 0 LayerNorms") for note in result.notes)
+    assert awq["sqnr_db"] != ranges["sqnr_db"] and awq["sqnr_db"] == pytest.approx(final["sqnr_db"])
 
 
 def test_the_bundle_shows_them(pictures, tmp_path):

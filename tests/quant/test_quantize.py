@@ -1,4 +1,10 @@
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +14,14 @@ from edgeattn import create_model
 from edgeattn.data.interface import classifier_interface
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import DataError, NumericError, RecipeError, UsageError
+from edgeattn.export.onnx_model import save_onnx
 from edgeattn.models.folding import fuse_attention
 from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import aten, calls, capture, module_path
 from edgeattn.quant.quantize import quantize
 from edgeattn.quant.quantizer import quantize_bias, quantize_weight, weight_scale_floor
 from edgeattn.quant.recipe import load_recipe
-from tests.conftest import randomize
+from tests.conftest import CALIB, ROOT, randomize
 
 
 @pytest.mark.parametrize("distillation", [False, True])
@@ -101,8 +108,6 @@ def test_families_quantize_and_run_as_simulated(name, config, pictures, tmp_path
     import onnx
     import onnxruntime
 
-    from edgeattn.export.onnx_model import save_onnx
-
     torch.manual_seed(0)
     model = randomize(create_model(name, img_size=64, num_classes=10, **config))
     result = quantize(model, "w8a8", pictures)
@@ -137,6 +142,52 @@ def test_same_data_gives_the_same_numbers(tiny_model, pictures):
     assert first.calibration["sha256"] == second.calibration["sha256"]
     for (name, a), (_, b) in zip(first.graph.named_buffers(), second.graph.named_buffers(), strict=True):
         assert torch.equal(a, b), name
+
+
+class Mixed(torch.nn.Module):
+    """A convolution, a residual block on the map, and attention over its tokens, all wide enough for 4 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.preprocessing = Preprocessing(size=(32, 32))
+        self.stem, self.point = torch.nn.Conv2d(3, 32, 8, 8), torch.nn.Conv2d(32, 32, 1)
+        self.norm, self.qkv, self.head = torch.nn.BatchNorm2d(32), torch.nn.Linear(32, 96), torch.nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.norm(self.point(x))
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2))[:, None].chunk(3, -1)
+        return self.head(torch.nn.functional.scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+
+def exported_digests():
+    """SHA-256 of the ONNX that w8a8 and w4a16 (with GPTQ) make of a small model and real pictures."""
+    digests = []
+    for name in ("w8a8", "w4a16"):
+        torch.manual_seed(0)
+        model = randomize(Mixed())
+        recipe = {**load_recipe(name).model_dump(), "calibration": {"images": 12, "batch_size": 5}}
+        result = quantize(model, recipe, CALIB)
+        with tempfile.TemporaryDirectory() as folder:
+            save_onnx(result.graph, result.interface, Path(folder) / "m.onnx")
+            digests.append(hashlib.sha256((Path(folder) / "m.onnx").read_bytes()).hexdigest())
+    return digests
+
+
+def test_same_seed_recipe_and_pictures_give_the_same_bytes():
+    first = exported_digests()
+    assert exported_digests() == first and len(set(first)) == 2
+    code = "from tests.quant.test_quantize import exported_digests; print(*exported_digests())"
+    environment = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert run.stdout.split() == first, "another process with other hashes"
 
 
 def test_int8_activations_are_symmetric_for_targets_that_want_it(tiny_model, pictures):

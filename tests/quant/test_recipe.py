@@ -6,6 +6,7 @@ import yaml
 
 from edgeattn.errors import RecipeError
 from edgeattn.quant.recipe import PRESETS, Recipe, json_schema, load_recipe
+from edgeattn.quant.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,6 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_presets_round_trip_through_yaml(name, tmp_path):
     (tmp_path / "r.yaml").write_text(PRESETS[name].to_yaml())
     assert load_recipe(tmp_path / "r.yaml") == PRESETS[name] == load_recipe(name)
+
+
+def test_every_step_round_trips_through_yaml(tmp_path):
+    steps = [{"step": name} for name in STEPS if name != "reconstruct"]
+    recipe = load_recipe({"name": "all", "steps": steps})
+    assert [type(step) for step in recipe.steps] == [STEPS[step["step"]] for step in steps]
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert {"awq", "reparameterize", "power_of_two", "rotate"} <= set(STEPS)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +36,18 @@ def test_presets_round_trip_through_yaml(name, tmp_path):
         ({"name": "x", "weights": {"bits": 8, "granularity": "group", "group_size": 32}}, "groups are for 4-bit"),
         ({"name": "x", "steps": [{"step": "equalise"}]}, "steps.0.*'equalize', 'smooth', 'prescale'"),
         ({"name": "x", "steps": [{"step": "smooth", "alhpa": 1}]}, "alhpa.*did you mean 'alpha'"),
+        ({"name": "x", "steps": [{"step": "rotat"}]}, "'power_of_two', 'rotate'"),
+        ({"name": "x", "steps": [{"step": "awq", "grid": 3}]}, "unknown key 'steps.0.awq.grid'.*Known there: step"),
+        (
+            {"name": "x", "activations": None, "steps": [{"step": "reparameterize"}]},
+            "activations is null, so step reparameterize has nothing to help; set it, or drop the step",
+        ),
+        ({"name": "x", "activations": None, "steps": [{"step": "power_of_two"}]}, "so step power_of_two has nothing"),
+        (
+            {"name": "x", "weights": None, "activations": None, "steps": [{"step": "awq"}]},
+            "weights is null, so step awq has nothing to help; set weights, or drop the step",
+        ),
+        ({"name": "x", "weights": None, "activations": None, "steps": [{"step": "rotate"}]}, "so step rotate has"),
         ({"name": "x", "rules": [{"modules": "a", "precision": "float", "weights": {}}]}, "not both"),
         ({}, "name: Field required"),
         ({"name": "x", "schema_version": 2}, "schema_version: Input should be 1"),

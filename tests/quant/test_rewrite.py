@@ -48,7 +48,7 @@ def test_equalize_keeps_the_function_and_evens_out_the_weights(graph):
         before = graph(PICTURES)
         assert rewrite.equalize(graph) == "equalized 2 pairs of layers"
         assert torch.allclose(graph(PICTURES), before, atol=1e-4 * float(before.abs().max()))
-    stem, dw, pw = (rewrite._weight(graph, node) for node in calls(graph, aten.conv2d.default)[:3])
+    stem, dw, pw = (rewrite.weight_of(graph, node) for node in calls(graph, aten.conv2d.default)[:3])
     assert torch.allclose(ranges(stem, 0), ranges(dw, 0), rtol=0.05)
     assert torch.allclose(ranges(dw, 0), ranges(pw, 1), rtol=0.05)
 
@@ -59,10 +59,10 @@ def test_smooth_moves_range_through_norms_and_layers(graph):
     head = pairs[-1]
     with torch.no_grad():
         before = graph(PICTURES)
-        spread = ranges(rewrite._weight(graph, head.consumers[0]), 1)
+        spread = ranges(rewrite.weight_of(graph, head.consumers[0]), 1)
         rewrite.smooth(graph, PICTURES, 0.5)
         assert torch.allclose(graph(PICTURES), before, atol=1e-4 * float(before.abs().max()))
-    after = ranges(rewrite._weight(graph, head.consumers[0]), 1)
+    after = ranges(rewrite.weight_of(graph, head.consumers[0]), 1)
     assert after[3] / after.median() > 2 * spread[3] / spread.median(), "the channel with a gain of 40 moved its range"
 
 
@@ -75,3 +75,54 @@ def test_prescale_multiplies_only_where_channels_are_uneven(graph):
     added = len(calls(graph, aten.mul.Tensor)) - count
     assert added >= 1 and said.startswith(f"scaled the channels of {added} tensors")
     assert rewrite.prescale(graph, PICTURES, 0.75, 1e-6).startswith("scaled the channels of 0")
+
+
+class Sideways(nn.Module):
+    """Layers that read another axis than the one that the layer in front scales, and LayerNorms over two axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.preprocessing = Preprocessing(size=(8, 8))
+        self.conv, self.row = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+        self.norm, self.map = nn.LayerNorm(8), nn.Conv2d(8, 8, 1)
+        self.both, self.head = nn.LayerNorm([8, 8]), nn.Linear(8, 5)
+        self.own = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        y = self.map(self.norm(self.row(self.conv(x)).relu()))
+        y = self.head(self.both(y))
+        z = nn.functional.linear(x, self.own.weight, x.mean((0, 1, 2)))
+        return (y + self.head(z).mean(1, keepdim=True)).mean((1, 2))
+
+
+def test_only_the_same_channels_make_a_pair():
+    torch.manual_seed(0)
+    graph = capture(Sideways().eval(), classifier_interface((8, 8)))
+    assert rewrite.scalable_pairs(graph) == [], "a bias that is computed cannot be scaled either"
+
+
+def test_a_norm_without_weights_gets_what_it_takes():
+    torch.manual_seed(0)
+    net = Net().eval()
+    net.norm = nn.LayerNorm(12, elementwise_affine=False)
+    graph = capture(net, classifier_interface((8, 8)))
+    with torch.no_grad():
+        before = graph(PICTURES)
+        assert rewrite.smooth(graph, PICTURES, 0.5) == "smoothed 3 tensors (alpha 0.5)"
+        assert torch.allclose(graph(PICTURES), before, atol=1e-4 * float(before.abs().max()))
+    weight, bias = rewrite.affine_of(graph, calls(graph, aten.layer_norm.default)[0])
+    assert (weight != 1).any() and (bias == 0).all()
+
+
+def test_sampled_tokens_are_of_all_pictures_and_always_the_same(graph):
+    node = calls(graph, aten.conv2d.default)[0]
+    pictures = torch.randn(80, 3, 8, 8)
+    first, again = (rewrite.sampled_tokens(graph, {node: 1}, pictures)[node] for _ in range(2))
+    assert first.shape == (2045, 8) and torch.equal(first, again)
+    with torch.no_grad():
+        rows = torch.fx.Interpreter(graph, garbage_collect_values=False)
+        rows.run(pictures)
+    every = rows.env[node].permute(0, 2, 3, 1).reshape(-1, 8)
+    places = [int((every == token).all(1).nonzero()[0]) for token in first[::16]]
+    assert len({place // 64 for place in places}) > 40, "pictures"
+    assert len({place % 8 for place in places}) == 8, "columns"

@@ -15,33 +15,32 @@ from edgeattn.quant.scheme import Scheme
 class PowerOfTwoFactors:
     """FQ-ViT's grid: channel j has the scale `scale * 2^factor[j]`, one zero point for all.
 
-    Attributes: scale and zero, 0-dimensional; factor (channels,), integral.
+    Attributes: scale and zero, 0-dimensional; factor (channels,), integral; symmetric: signed codes, zero is 0.
     """
 
     scale: Tensor
     zero: Tensor
     factor: Tensor
     bits: int
+    symmetric: bool = False
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x (..., channels) as the grid holds it."""
-        return _on_grid(x, self.scale * torch.exp2(self.factor), self.zero, self.bits)
+        grid = Scheme(self.bits, self.symmetric, "token")
+        return grid.fake_quantize(x, self.scale * torch.exp2(self.factor), self.zero)
 
 
-def _on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return Scheme(bits, False, "token").fake_quantize(x, scale, zero)
-
-
-def power_of_two_factors(x: Tensor, bits: int = 8, max_factor: int = 3) -> PowerOfTwoFactors:
+def power_of_two_factors(x: Tensor, bits: int = 8, max_factor: int = 3, symmetric: bool = False) -> PowerOfTwoFactors:
     """The factor per channel, 0 to `max_factor`, of the least squared error on x (..., channels); ties: the smallest.
 
     The range of the whole tensor is what the largest factor covers: scale = range / (2^bits - 1) / 2^max_factor.
     """
-    widest, zero = (t.reshape(()) for t in Scheme(bits, False).parameters(x))
-    scale = widest / 2**max_factor
+    widest, zero = (t.reshape(()) for t in Scheme(bits, symmetric).parameters(x))
+    scale, grid = widest / 2**max_factor, Scheme(bits, symmetric, "token")
     flat = x.detach().reshape(-1, x.shape[-1])
-    errors = [(_on_grid(flat, scale * 2**f, zero, bits) - flat).square().mean(0) for f in range(max_factor + 1)]
-    return PowerOfTwoFactors(scale, zero, torch.stack(errors).argmin(0).to(x.dtype), bits)
+    held = [grid.fake_quantize(flat, scale * 2**f, zero) for f in range(max_factor + 1)]
+    factor = torch.stack([(values - flat).square().mean(0) for values in held]).argmin(0)
+    return PowerOfTwoFactors(scale, zero, factor.to(x.dtype), bits, symmetric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +68,14 @@ def reparameterize(
     w: Tensor,
     bias: Tensor | None,
     integer_zero: bool = True,
+    zero: float | None = None,
 ) -> Reparameterized:
     """Turn scales per channel into one per tensor by changing the LayerNorm and the next linear.
 
     scale, zero_point, ln_weight, ln_bias are (in,), w (out, in), bias (out,). Exact in floating point; calibrate w
     anew. The targets are the plain means; `integer_zero` rounds that of the zero points and absorbs the rest in the
-    bias (the release keeps the fraction, which no integer grid holds).
+    bias (the release keeps the fraction, which no integer grid holds). `zero` takes the place of the zero points' mean:
+    2^(bits - 1) centres every channel, for a grid that is symmetric.
 
     Raises:
         RecipeError: the shapes do not fit.
@@ -84,12 +85,13 @@ def reparameterize(
             f"scales of {tuple(scale.shape)}, zero points of {tuple(zero_point.shape)}, LayerNorm of "
             f"{tuple(ln_weight.shape)} and weight of {tuple(w.shape)}: expected (in,) three times and (out, in)."
         )
-    target, zero = scale.mean(), zero_point.mean()
-    zero = zero.round() if integer_zero else zero
+    target = scale.mean()
+    middle = zero_point.mean() if zero is None else torch.full_like(target, zero)
+    middle = middle.round() if integer_zero else middle
     ratio = scale / target
     # The smallest value of a channel's grid after division by ratio, less the smallest of the common grid.
-    shift = -zero_point * scale / ratio + zero * target
+    shift = -zero_point * scale / ratio + middle * target
     moved = w @ (shift * ratio)
     return Reparameterized(
-        ln_weight / ratio, ln_bias / ratio - shift, w * ratio, moved if bias is None else bias + moved, target, zero
+        ln_weight / ratio, ln_bias / ratio - shift, w * ratio, moved if bias is None else bias + moved, target, middle
     )

@@ -102,6 +102,20 @@ def rotation(signs: Tensor) -> Tensor:
     return signs[:, None] * (hadamard(n) / n**0.5).to(signs.dtype)
 
 
+def layer_norm_rotation(signs: Tensor) -> Tensor:
+    """Q = H diag(signs) H^T / n, (n, n), orthogonal; LayerNorm without an affine turns x Q into LayerNorm(x) Q.
+
+    H has a first column of ones, so 1 Q is 1 or -1 and no part of a mean goes elsewhere. QuaRot (section 4) rewrites
+    LayerNorm to RMSNorm for want of that.
+
+    Raises:
+        RecipeError: no Hadamard matrix of size n.
+    """
+    h = hadamard(len(signs)).to(signs.dtype)
+    h = h * h[:, :1]
+    return h * signs @ h.T / len(signs)
+
+
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """x @ rotation(signs) along the last axis without the matrix: n log2(n) additions, or n times the base size.
 
@@ -123,3 +137,10 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
         y = torch.stack([first + second, first - second], -3).flatten(-4, -2)
         width *= 2
     return y.flatten(-2) / n**0.5
+
+
+def rotate_channels(weight: Tensor, groups: Tensor, turn: Tensor, axis: int) -> Tensor:
+    """A weight with each group of channels, (groups, n) indices on an axis, multiplied by `turn` (n, n); float64."""
+    channels = weight.double().movedim(axis, 0).clone()
+    channels[groups] = torch.einsum("gd...,de->ge...", channels[groups], turn.double())
+    return channels.movedim(0, axis)

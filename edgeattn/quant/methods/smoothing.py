@@ -86,6 +86,12 @@ class AwqResult:
     wq: Tensor
 
 
+def awq_scale(x: Tensor, ratio: float) -> Tensor:
+    """AWQ's channel scale of an exponent, (in,): mean|x|^ratio / sqrt(max * min), for x (..., in)."""
+    scale = (x.detach().reshape(-1, x.shape[-1]).abs().mean(0) ** ratio).clamp(min=1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
 def awq_search(x: Tensor, w: Tensor, scheme: Scheme, grid: int = 20) -> AwqResult:
     """AWQ's channel scale mean|x|^r / sqrt(max * min), r = 0, 1/grid, ..., of the least output error (section 3.2).
 
@@ -95,10 +101,10 @@ def awq_search(x: Tensor, w: Tensor, scheme: Scheme, grid: int = 20) -> AwqResul
         RecipeError: x and w disagree in `in`, the group size does not divide it, or the grid is empty.
     """
     flat = _tokens(x, w)
-    mean, losses, best = flat.abs().mean(0), [], None
+    losses: list[Tensor] = []
+    best = None
     for step in range(grid):
-        scale = (mean ** (step / grid)).clamp(min=1e-4)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+        scale = awq_scale(flat, step / grid)
         wq = scheme.fake_quantize(w * scale) / scale
         losses.append((flat @ (wq - w).T).square().mean())
         if best is None or losses[-1] < best.loss:

@@ -125,9 +125,14 @@ def prepare(model: nn.Module, settings: QatSettings) -> DeiT:
     return model.train(model.training)
 
 
+def has_quantizers(model: nn.Module) -> bool:
+    """Whether a model trains its grids, or has trained them; a frozen one has none left."""
+    return any(isinstance(module, (LsqQuantizer, StatsQuantizer)) for module in model.modules())
+
+
 def _treatable(model: nn.Module) -> list[Block]:
     name = getattr(model, "name", type(model).__name__)
-    if any(isinstance(module, (LsqQuantizer, StatsQuantizer)) for module in model.modules()):
+    if has_quantizers(model):
         raise RecipeError(f"{name} has quantizers already; start from the float model.")
     if not isinstance(model, DeiT):
         kinds = sorted({type(m).__name__ for m in model.modules() if type(m).__name__.endswith(("Attention", "SHSA"))})

@@ -37,6 +37,28 @@ def test_reparameterized_pair_is_the_same_function_on_one_grid(integer_zero):
         assert torch.equal(common, own)
 
 
+def test_factors_for_a_grid_around_zero():
+    shifted = X + 0.5 * X.abs().amax()
+    grid = power_of_two_factors(shifted, symmetric=True)
+    assert grid.zero == 0 and grid.symmetric
+    plain = Scheme(8, True).fake_quantize(shifted)
+    assert (grid.fake_quantize(shifted) - shifted).square().sum() < (plain - shifted).square().sum()
+    torch.testing.assert_close(grid.scale, shifted.abs().amax() / 127 / 8)
+
+
+def test_a_given_zero_point_centres_every_channel():
+    generator = torch.Generator().manual_seed(2)
+    flat = X.reshape(-1, 12) + torch.randn(12, generator=generator, dtype=torch.float64) * 5
+    low, high = flat.amin(0), flat.amax(0)
+    scale, one, w = (high - low) / 255, torch.ones(12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    new = reparameterize(scale, -low / scale, one, 0 * one, w, None, zero=128)
+    moved = flat * new.ln_weight + new.ln_bias
+    torch.testing.assert_close(moved.amin(0), -128 * new.scale * one)
+    torch.testing.assert_close(moved.amax(0), 127 * new.scale * one)
+    torch.testing.assert_close(moved @ new.w.T + new.bias, flat @ w.T)
+    assert new.zero_point == 128
+
+
 def test_shapes_are_checked():
     with pytest.raises(RecipeError, match="expected \\(in,\\) three times"):
         reparameterize(torch.ones(3), torch.ones(3), torch.ones(3), torch.ones(3), torch.ones(2, 4), None)

@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeattn.errors import RecipeError
-from edgeattn.quant.methods.rotation import hadamard, random_signs, rotate, rotation
+from edgeattn.quant.methods.rotation import (
+    hadamard,
+    layer_norm_rotation,
+    random_signs,
+    rotate,
+    rotate_channels,
+    rotation,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 24, 28, 36, 40, 44, 60, 64, 96, 104, 144, 192, 240])
@@ -50,3 +57,27 @@ def test_impossible_size_names_the_nearest(n, near):
 def test_wrong_number_of_signs():
     with pytest.raises(RecipeError, match="8 signs for an input of 4"):
         rotate(torch.zeros(1, 4), torch.ones(8))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("n", [4, 12, 28, 64, 192])
+def test_layer_norm_commutes_with_its_rotation(n, seed):
+    signs = random_signs(n, seed).double()
+    turn = layer_norm_rotation(signs)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(turn.sum(0), signs[:1].expand(n))
+    x = torch.randn(5, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3 + 1
+    rotated, plain = (torch.nn.functional.layer_norm(y, (n,)) for y in (x @ turn, x))
+    torch.testing.assert_close(rotated, plain @ turn)
+    assert n < 64 or turn.abs().max() < 0.5, "every channel goes to many"
+
+
+def test_groups_of_channels_rotate_on_any_axis():
+    weight = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups, turn = torch.tensor([[5, 0, 3, 6], [1, 2, 7, 4]]), rotation(random_signs(4, 3)).double()
+    mixed = rotate_channels(weight, groups, turn, 1)
+    for group in groups:
+        torch.testing.assert_close(mixed[:, group], torch.einsum("odk,de->oek", weight[:, group], turn))
+    torch.testing.assert_close(rotate_channels(weight.transpose(0, 1), groups, turn, 0), mixed.transpose(0, 1))
+    one = rotate_channels(weight, groups[:1], turn, 1)
+    assert torch.equal(one[:, groups[1]], weight[:, groups[1]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 from torch import fx, nn
 
+from edgeattn import __version__
 from edgeattn.data.files import atomic_file
 from edgeattn.data.interface import IMAGE, LOGITS, interface_of
 from edgeattn.data.source import ImageSource
 from edgeattn.devices.accuracy import evaluate
-from edgeattn.devices.latency import measure_latency
+from edgeattn.devices.latency import SMALLEST_BLOCK_RUNS, measure_latency
 from edgeattn.devices.results import machine_facts
+from edgeattn.devices.statistics import MIN_ROUNDS
 from edgeattn.errors import DeviceError
 from edgeattn.export.onnx_model import save_onnx
 from edgeattn.export.target import Artifact, Draft, get_target
@@ -44,6 +47,10 @@ Progress = Callable[[str, int, int], None]
 CACHE = "layer_latency.json"
 _SCHEMA_VERSION = 1
 _FILES: dict[Variant, str] = {"float32": "reference.onnx", "quantized": "model.onnx"}
+TOGETHER = 3  # sessions beside the baseline in one comparison
+_LEAST_RUNS = MIN_ROUNDS * SMALLEST_BLOCK_RUNS  # for an interval, however slow the model is
+RUNS = 160  # of each, in blocks, are enough to see one per cent on a quiet machine
+_STEADY = 1.1  # width of an interval that is kept; what was measured beside other work is measured again
 _RANGE_IMAGES = 16  # ranges do not change how long a graph takes
 
 
@@ -64,6 +71,15 @@ class Measurer(Protocol):
         """`size` in bytes, and where wanted `latency` in ms and `drop` in points: of the finished model, on the target
         that is worst."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Times as fast, with a 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 class Bench:
@@ -96,15 +112,15 @@ class Bench:
         self._cache = TimingCache(cache or cache_folder() / CACHE)
         exported: Any = getattr(model, "for_export", lambda: model)()
         self._interface, self._preprocessing = interface_of(exported), exported.preprocessing
-        self._graph = capture(fuse_attention(exported), self._interface)
-        fold(self._graph)
+        self.graph = capture(fuse_attention(exported), self._interface)
+        fold(self.graph)
         few = base.model_copy(update={"calibration": Calibration(images=_RANGE_IMAGES)})
         calibrator = Calibrator(source, few, self._preprocessing)
-        self._ranges = observed_ranges(self._graph, placement.plan(self._graph, base), base, calibrator)
+        self._ranges = observed_ranges(self.graph, placement.plan(self.graph, base), base, calibrator)
         self._images = base.calibration.images
         self._folder = tempfile.TemporaryDirectory(prefix="edgeattn-budget-")
         self._draft = Draft(Path(self._folder.name), _FILES, self._interface)
-        save_onnx(self._graph, self._interface, self._draft.folder / _FILES["float32"])
+        save_onnx(self.graph, self._interface, self._draft.folder / _FILES["float32"])
 
     def __enter__(self) -> Bench:
         return self
@@ -116,27 +132,70 @@ class Bench:
         """See `Measurer`."""
         variant: Variant = "float32" if recipe.is_float else "quantized"
         if variant == "quantized":
-            save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES[variant])
+            save_onnx(self.variant(recipe), self._interface, self._draft.folder / _FILES[variant])
         return max(_size(self._compile(self._draft, target, variant)) for target in self.targets)
 
     def timing(self, recipe: Recipe, target: str) -> tuple[float, float]:
         """See `Measurer`. Kept in the cache under the digest of both graphs and of what they ran on."""
-        save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
-        files = [self._draft.folder / name for name in _FILES.values()]
-        place = [target, _version(target), machine_facts()["cpu"], self._profile["threads"] or available_threads()]
-        key = hashlib.sha256(
-            json.dumps([*(hashlib.sha256(f.read_bytes()).hexdigest() for f in files), *place]).encode()
-        )
-        known = self._cache.get(key.hexdigest())
+        save_onnx(self.variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
+        key = self._key(target, [self._draft.folder / name for name in _FILES.values()])
+        known = self._cache.get(key)
         if known is None:
             known = self._in_turns(self._draft, target, list(_FILES))
-            self._cache.put(key.hexdigest(), known)
+            self._cache.put(key, known)
         return known[0], known[-1]
 
-    def _variant(self, recipe: Recipe) -> fx.GraphModule:
+    def speedups(self, base: Recipe, others: Mapping[str, Recipe], target: str, runs: int = RUNS) -> dict[str, Gain]:
+        """How many times as fast as a recipe others are, by name, all without their steps.
+
+        Measured in turns, some of them at a time, and kept in the cache: what a recipe makes of the same weights and
+        ranges is the same. What is too slow for an interval within the time is left out.
+        """
+        first = self._written(base)
+        keys = {name: self._key(target, [_model(first)], recipe.to_yaml(), runs) for name, recipe in others.items()}
+        found = {name: self._cache.get(key) for name, key in keys.items()}
+        missing = [name for name, values in found.items() if values is None]
+        drafts = {name: self._written(others[name]) for name in missing}
+        for names in (missing[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)):
+            with contextlib.ExitStack() as stack:
+                sessions: dict[str, Session] = {}
+                for name, draft in [("", first), *((name, drafts[name]) for name in names)]:
+                    sessions[name] = self._compile(draft, target, "quantized").open()
+                    stack.callback(sessions[name].close)
+                seconds = self._seconds * len(sessions) * runs / RUNS
+                done = measure_latency(sessions, self._picture(), seconds=seconds, min_runs=_LEAST_RUNS, max_runs=runs)
+            for one in done.speedups:
+                if one.interval is not None:
+                    found[one.candidate] = values = [one.ratio, one.interval.low, one.interval.high]
+                    if one.interval.high < _STEADY * one.interval.low:
+                        self._cache.put(keys[one.candidate], values)
+        return {name: Gain(*values) for name, values in found.items() if values is not None}
+
+    def _written(self, recipe: Recipe) -> Draft:
+        """The graph of a recipe in a folder of its own, once for all targets."""
+        path = self._draft.folder / hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]
+        draft = Draft(path, {"quantized": _FILES["quantized"]}, self._interface)
+        if not path.exists():
+            path.mkdir()
+            save_onnx(self.variant(recipe), self._interface, _model(draft))
+        return draft
+
+    def _key(self, target: str, files: Sequence[Path], *how: Any) -> str:
+        """Digest of what a timing depends on."""
+        place = [
+            __version__, target, _version(target), machine_facts()["cpu"],
+            self._profile["threads"] or available_threads(),
+        ]  # fmt: skip
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return hashlib.sha256(json.dumps([*digests, *place, *how]).encode()).hexdigest()
+
+    def _picture(self) -> dict[str, np.ndarray]:
+        return {IMAGE: self._preprocessing(next(iter(self._source)).image)[None]}
+
+    def variant(self, recipe: Recipe) -> fx.GraphModule:
         """The graph with what a recipe quantizes on the grid of the ranges that were seen; nodes keep their order."""
-        graph = copy.deepcopy(self._graph)
-        twin = dict(zip(self._graph.graph.nodes, graph.graph.nodes, strict=True))
+        graph = copy.deepcopy(self.graph)
+        twin = dict(zip(self.graph.graph.nodes, graph.graph.nodes, strict=True))
         ranges = {twin[node]: value for node, value in self._ranges.items()}
         plan = placement.plan(graph, recipe)
         placement.insert(graph, plan, placement.Statistics(ranges, {}, {}), recipe)
@@ -161,9 +220,8 @@ class Bench:
         return {name: max(values) for name, values in found.items()}
 
     def _in_turns(self, draft: Draft, target: str, variants: Sequence[Variant]) -> list[float]:
-        picture = self._preprocessing(next(iter(self._source)).image)[None]
         with self._sessions(draft, target, variants) as sessions:
-            done = measure_latency(sessions, {IMAGE: picture}, seconds=self._seconds)
+            done = measure_latency(sessions, self._picture(), seconds=self._seconds)
         return [float(np.median(done.results[variant].samples_ms)) for variant in variants]
 
     def _drop(self, draft: Draft, target: str, variants: Sequence[Variant], names: tuple[str, ...] | None) -> float:
@@ -194,6 +252,11 @@ class Bench:
 def _size(artifact: Artifact) -> int:
     """Bytes of an artefact's files, as a bundle counts them."""
     return sum((artifact.folder / name).stat().st_size for name in artifact.entry.files)
+
+
+def _model(draft: Draft) -> Path:
+    """The quantized model of a draft."""
+    return draft.folder / draft.onnx["quantized"]
 
 
 def _version(target: str) -> str:
