@@ -13,8 +13,9 @@ from edgeattn.data.source import ImageSource
 from edgeattn.devices.recipe_bench import Measurer, Progress
 from edgeattn.errors import RecipeError
 from edgeattn.quant.methods.allocation import Budget, allocate
-from edgeattn.quant.recipe import PRESETS, Gptq, Recipe, Rule, WeightScheme
+from edgeattn.quant.recipe import PRESETS, Recipe, Rule, WeightScheme
 from edgeattn.quant.sensitivity import LayerSensitivity, sensitivity
+from edgeattn.quant.steps import Gptq
 
 FLOAT, INT8, INT4 = 32, 8, 4
 CODES = (FLOAT, INT8, INT4)

@@ -25,8 +25,9 @@ from edgeattn.quant.fold import fold
 from edgeattn.quant.graph import capture, module_path
 from edgeattn.quant.observers import Histogram, Observer
 from edgeattn.quant.quantizer import activation_parameters
-from edgeattn.quant.recipe import Equalize, ObserverSettings, Recipe, load_recipe
+from edgeattn.quant.recipe import ObserverSettings, Recipe, load_recipe
 from edgeattn.quant.rewrite import equalize
+from edgeattn.quant.steps import Equalize
 
 _ORDER_SEED = 20240301
 _DRIFT = 0.05  # of the final range's width; a range that moves less counts as settled

@@ -22,7 +22,8 @@ from edgeattn.quant.quantizer import (
     quantize_weight,
     weight_scale_floor,
 )
-from edgeattn.quant.recipe import FIRST_LAYER_REASON, Gptq, Recipe, WeightScheme
+from edgeattn.quant.recipe import FIRST_LAYER_REASON, Recipe, WeightScheme
+from edgeattn.quant.steps import Gptq
 
 logger = logging.getLogger(__name__)
 

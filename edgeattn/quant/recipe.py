@@ -11,9 +11,17 @@ import pydantic
 import yaml
 
 from edgeattn.errors import RecipeError
-from edgeattn.quant.steps import ACTIVATION_STEPS, STEPS, WEIGHT_STEPS, BiasCorrection, Gptq, Revert, Step, Strict
-from edgeattn.quant.steps import Equalize as Equalize
-from edgeattn.quant.steps import Reconstruct as Reconstruct
+from edgeattn.quant.steps import (
+    ACTIVATION_STEPS,
+    NORM_STEPS,
+    STEPS,
+    WEIGHT_STEPS,
+    BiasCorrection,
+    Gptq,
+    Revert,
+    Step,
+    Strict,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -144,6 +152,11 @@ class Recipe(Strict):
             raise ValueError(f"weights is null, so step {idle[0]} has nothing to help; set weights, or drop the step")
         if self.activations is None and (idle := sorted(names & ACTIVATION_STEPS)):
             raise ValueError(f"activations is null, so step {idle[0]} has nothing to help; set it, or drop the step")
+        order = [step.step for step in self.steps]
+        if "rotate" in names and (undone := [name for name in order[: order.index("rotate")] if name in NORM_STEPS]):
+            raise ValueError(
+                f"step rotate takes LayerNorms apart, which undoes {undone[0]} before it; put rotate first"
+            )
         return self
 
     @property

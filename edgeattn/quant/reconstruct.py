@@ -27,9 +27,10 @@ from edgeattn.quant.graph import aten, attribute, is_call
 from edgeattn.quant.methods import rounding
 from edgeattn.quant.methods.gptq import convolution_inputs
 from edgeattn.quant.quantizer import activation_parameters
-from edgeattn.quant.recipe import Recipe, Reconstruct
+from edgeattn.quant.recipe import Recipe
 from edgeattn.quant.scheme import Scheme
 from edgeattn.quant.sensitivity import stand_ins
+from edgeattn.quant.steps import Reconstruct
 from edgeattn.quant.sweep import Sweep, Unit, on_grid, units
 from edgeattn.quant.weights import QuantizedWeight
 

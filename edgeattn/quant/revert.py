@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from edgeattn.quant.graph import module_path
 from edgeattn.quant.placement import Plan, after_activation
-from edgeattn.quant.recipe import Recipe, Revert, Rule
+from edgeattn.quant.recipe import Recipe, Rule
 from edgeattn.quant.sensitivity import StandIn, noise_alone, stand_ins
+from edgeattn.quant.steps import Revert
 from edgeattn.quant.weights import INT8
 
 _CANDIDATES = 8  # layers with the most noise of their own that each round tries

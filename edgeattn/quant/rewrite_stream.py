@@ -184,9 +184,8 @@ class _Follower:
 
 
 def _name(node: fx.Node) -> str:
-    return (
-        str(getattr(node.target, "__name__", node.target)).partition(".")[0] if node.op == "call_function" else node.op
-    )
+    """Of an operation: gelu of aten.gelu.default."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def _rotate(graph: fx.GraphModule, stream: _Stream) -> None:

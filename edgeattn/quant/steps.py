@@ -53,7 +53,8 @@ class PowerOfTwo(Strict):
 class Rotate(Strict):
     """QuaRot: outliers spread over all channels by Hadamard rotations that merge into the weights on both sides.
 
-    Of the values of attention, head by head; and of the residual stream of pre-norm transformers.
+    Of the values of attention, head by head; and of the residual stream of pre-norm transformers, whose LayerNorms
+    lose their affine to the layers behind. So it comes before the steps that change it.
     """
 
     step: Literal["rotate"] = "rotate"
@@ -119,4 +120,5 @@ Step = Annotated[
 ]  # fmt: skip
 STEPS: dict[str, type[Strict]] = {kind.model_fields["step"].default: kind for kind in get_args(get_args(Step)[0])}
 ACTIVATION_STEPS = frozenset({"reparameterize", "power_of_two"})  # change nothing but how activations are held
+NORM_STEPS = ACTIVATION_STEPS | {"smooth", "awq"}  # change what LayerNorms multiply with
 WEIGHT_STEPS = ACTIVATION_STEPS | {"awq", "rotate"}

@@ -11,8 +11,9 @@ from edgeattn.errors import RecipeError
 from edgeattn.quant.methods.equalization import bias_correction
 from edgeattn.quant.methods.gptq import gptq
 from edgeattn.quant.quantizer import quantize_weight
-from edgeattn.quant.recipe import Gptq, WeightScheme
+from edgeattn.quant.recipe import WeightScheme
 from edgeattn.quant.scheme import Scheme
+from edgeattn.quant.steps import Gptq
 
 _AUTOMATIC_GROUPS = (32, 16)  # what the runtimes' 4-bit kernels take, the fewest scales first
 _SHRINK_STEPS, _LEAST_SHRINK, _NORM = 20, 0.6, 2.4  # search of a group's range; the norm is GPTQ's

@@ -75,6 +75,8 @@ class OnnxRuntimeSession:
         options.log_severity_level = _QUIET
         # By default the runtime rounds the inputs of a layer with 4-bit weights to 8 bits, which nobody asked for.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_INPUTS)
+        # By default it turns int8 activations into uint8 on x86, and refuses the nodes that it made on the way.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         if self.settings["plugin"]:
             options.register_custom_ops_library(str(cpu.ort_library()))
         return options

@@ -18,7 +18,7 @@ def test_presets_round_trip_through_yaml(name, tmp_path):
 
 
 def test_every_step_round_trips_through_yaml(tmp_path):
-    steps = [{"step": name} for name in STEPS if name != "reconstruct"]
+    steps = [{"step": name} for name in sorted(STEPS, key="rotate".__ne__) if name != "reconstruct"]
     recipe = load_recipe({"name": "all", "steps": steps})
     assert [type(step) for step in recipe.steps] == [STEPS[step["step"]] for step in steps]
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
@@ -41,6 +41,10 @@ def test_every_step_round_trips_through_yaml(tmp_path):
         (
             {"name": "x", "activations": None, "steps": [{"step": "reparameterize"}]},
             "activations is null, so step reparameterize has nothing to help; set it, or drop the step",
+        ),
+        (
+            {"name": "x", "steps": [{"step": "awq"}, {"step": "rotate"}]},
+            "step rotate takes LayerNorms apart, which undoes awq before it; put rotate first",
         ),
         ({"name": "x", "activations": None, "steps": [{"step": "power_of_two"}]}, "so step power_of_two has nothing"),
         (

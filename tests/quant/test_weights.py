@@ -3,7 +3,8 @@ import torch
 
 from edgeattn.errors import RecipeError
 from edgeattn.quant import weights
-from edgeattn.quant.recipe import Gptq, WeightScheme
+from edgeattn.quant.recipe import WeightScheme
+from edgeattn.quant.steps import Gptq
 
 AUTO = WeightScheme(bits=4, granularity="group", group_size="auto")
 

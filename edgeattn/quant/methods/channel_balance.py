@@ -61,6 +61,18 @@ def quantize_balanced(
     return quantize_linear(w, bias, transform, Scheme(w_bits, False, "channel"), activations)
 
 
+def range_index(ranges: Sequence[tuple[int, int]], timestep: int) -> int:
+    """Which of the ranges (first, last) holds a time step.
+
+    Raises:
+        RecipeError: none does.
+    """
+    for index, (first, last) in enumerate(ranges):
+        if first <= timestep <= last:
+            return index
+    raise RecipeError(f"time step {timestep} lies in none of the ranges {list(ranges)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TimestepAwareLinear:
     """ViDiT-Q v1: one scale and one weight grid for each range (first, last) of time steps."""
@@ -74,10 +86,7 @@ class TimestepAwareLinear:
         Raises:
             RecipeError: no range holds it.
         """
-        for (first, last), layer in zip(self.ranges, self.layers, strict=True):
-            if first <= timestep <= last:
-                return layer
-        raise RecipeError(f"time step {timestep} lies in none of the ranges {list(self.ranges)}.")
+        return self.layers[range_index(self.ranges, timestep)]
 
 
 def quantize_per_range(
