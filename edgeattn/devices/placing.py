@@ -179,13 +179,16 @@ class _Search:
         return Placed(without(self.recipe, best, reason), names, f"{tried}; without {', '.join(names)} {told}")
 
     def _candidates(self) -> tuple[list[frozenset[Region]], list[frozenset[Region]]]:
-        """Sets of regions to leave in floating point: kinds, and all but the matrix products; then single regions."""
+        """Sets of regions to leave in floating point: kinds, and all but the matrix products; then single regions.
+
+        What pays least often comes first: the time may not be enough for all.
+        """
         kinds: dict[str, list[Region]] = defaultdict(list)
         for region in self.regions:
             kinds[region.kind].append(region)
         products = [r for r in self.regions if r.kind in ("linear layers", "1x1 convolutions", "convolutions")]
-        sets = [frozenset(group) for group in kinds.values()]
-        sets += [frozenset(self.regions) - frozenset(products)]
+        sets = [frozenset(self.regions) - frozenset(products)]
+        sets += [frozenset(group) for group in sorted(kinds.values(), key=lambda group: group[0] in products)]
         sets += [frozenset(self.regions) - frozenset(kinds["linear layers"])]
         single = [frozenset([region]) for region in self.regions]
         fit = [[left for left in dict.fromkeys(x) if left and self._leaves_layers(left)] for x in (sets, single)]
