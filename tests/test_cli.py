@@ -140,6 +140,7 @@ def test_bad_calibration_data(edgeattn, tmp_path, few):
     assert code == 0 and json.loads(out)["calibration"]["skipped"] == [str(few / "River" / "001.jpg")]
 
 
+@pytest.mark.slow
 def test_grey_and_rgba_pictures_are_used_and_it_is_said(edgeattn, tmp_path, few, caplog):
     Image.open(few / "River" / "000.jpg").convert("L").save(few / "River" / "000.jpg")
     Image.open(few / "River" / "001.jpg").convert("RGBA").save(few / "River" / "rgba.png")
@@ -175,6 +176,7 @@ def test_usage_errors(edgeattn, tmp_path, monkeypatch, arguments, said):
     assert code == 2 and said in error and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_own_model_in_the_working_folder(tmp_path):
     """With the installed script, as a user runs it: the working folder is not on its path by itself."""
     (tmp_path / "mynet.py").write_text(
@@ -261,6 +263,7 @@ def test_doctor_names_the_missing_plugin_and_the_fix(edgeattn, monkeypatch):
     assert code == 3 and "MISSING cpu plugin" in out and "unset it" in out
 
 
+@pytest.mark.slow
 def test_missing_openvino_is_exit_code_3(edgeattn, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     code, _, error = edgeattn(*export_arguments(tmp_path / "out"), "-t", "openvino")
@@ -282,6 +285,7 @@ def test_export_options_that_do_not_fit_the_model(edgeattn, tmp_path, model, opt
     assert code == 2 and message in error and not out.exists()
 
 
+@pytest.mark.slow
 def test_denoiser_from_the_command_line(edgeattn, tmp_path):
     out = str(tmp_path / "out")
     code, text, error = edgeattn("export", "dit_s_8", "--random-weights", "--quant", "float32", "-o", out)

@@ -289,6 +289,7 @@ def test_rule_with_float_activations(net, data):
     assert recipe.for_targets(["tensorrt"]).activations.signedness == "int8"
 
 
+@pytest.mark.slow
 def test_timings_are_kept_under_a_digest_of_everything(net, data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(Bench, "_in_turns", lambda *a: calls.append(a) or [2.0, 1.5])

@@ -181,6 +181,7 @@ def test_a_target_that_gains_nothing_gets_float(tiny_model, pictures, tmp_path):
     assert edgeattn.load(bundle.path, target="openvino")(pictures[0]).index in range(10)
 
 
+@pytest.mark.slow
 def test_float_for_all_targets_is_a_float_bundle_that_says_why(tiny_model, pictures, tmp_path):
     bundle = export(tiny_model, ["onnxruntime"], tmp_path / "out", data=pictures, placer=Fixed({"onnxruntime": 0.5}))
     assert [entry.variant for entry in bundle.manifest.artifacts] == ["float32"]
@@ -206,6 +207,7 @@ def test_targets_with_their_own_placement_have_their_own_graph(tiny_model, pictu
     assert verify(bundle.path).ok
 
 
+@pytest.mark.slow
 def test_recipes_without_a_margin_are_not_searched(tiny_model, pictures, tmp_path):
     placer = Fixed({"onnxruntime": 0.1})
     for recipe in ("w4a16", "float32", {**RECIPE.model_dump(), "margin": None}):
@@ -216,6 +218,7 @@ def test_recipes_without_a_margin_are_not_searched(tiny_model, pictures, tmp_pat
     assert placer.asked == []
 
 
+@pytest.mark.slow
 def test_comparisons_are_kept_by_content(tiny_model, pictures, tmp_path):
     cache, source = tmp_path / "cache.json", open_source(pictures)
     others = {"float additions": RECIPE.model_copy(update={"residual": "float", "steps": ()})}

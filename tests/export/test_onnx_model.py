@@ -127,6 +127,7 @@ def test_untraceable_model_says_why():
         capture(Branching(), Interface((TensorSpec("x", ("batch", 3)),), ("y",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (112, 112)], ids=str)
 def test_other_sizes(size):
     torch.manual_seed(0)

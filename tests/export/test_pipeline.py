@@ -191,6 +191,7 @@ def test_nan_in_a_float_export_names_the_layer(tiny_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_class_names_come_from_labelled_calibration_folders(tiny_model, tmp_path, pictures):
     from PIL import Image
 
@@ -202,6 +203,7 @@ def test_class_names_come_from_labelled_calibration_folders(tiny_model, tmp_path
     assert any("class names" in note for note in bundle.manifest.notes)
 
 
+@pytest.mark.slow
 def test_a_generator_serves_calibration_and_golden_inputs(tiny_model, tmp_path, pictures):
     bundle = edgeattn.export(tiny_model, ["onnxruntime"], tmp_path / "g", data=(p for p in pictures))
     assert bundle.manifest.calibration["images"] == 32
@@ -209,6 +211,7 @@ def test_a_generator_serves_calibration_and_golden_inputs(tiny_model, tmp_path, 
     np.testing.assert_array_equal(bundle.golden().inputs["image"][0], want)
 
 
+@pytest.mark.slow
 def test_the_recipes_gate_is_the_bundles(tiny_model, tmp_path, pictures):
     bundle = edgeattn.export(
         tiny_model, ["onnxruntime"], tmp_path / "b", recipe={"name": "strict", "gate": "mlperf999"}, data=pictures
@@ -232,6 +235,7 @@ def test_targets_and_devices():
         get_target("openvine")
 
 
+@pytest.mark.slow
 def test_artifacts_open_locally_only(tiny_model, tmp_path, pictures):
     from edgeattn.export.target import Artifact
 

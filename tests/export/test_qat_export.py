@@ -66,6 +66,7 @@ def exported(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ofq-w2a2", "ofq-w4a4"])
 def test_runtimes_compute_what_was_trained(exported, images, name):
     model, bundle = exported(name)

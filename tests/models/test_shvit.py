@@ -62,6 +62,7 @@ def test_timm_names(tiny):
     assert to_timm("blocks2.2.1.m.pw1.c.weight") == "stages.1.downsample.4.m.pw1.c.weight"
 
 
+@pytest.mark.slow
 def test_quantized_export_runs_as_function_body_without_a_fallback(tiny, tmp_path, pictures):
     bundle = edgeattn.export(tiny, ["onnxruntime", "openvino"], tmp_path / "b", data=pictures)
     assert verify(bundle.path).ok and bundle.manifest.precision["attention: int8 weights, float32 activations"] == 3

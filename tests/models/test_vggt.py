@@ -222,6 +222,7 @@ def test_bfloat16_stays_close(inputs):
         )
 
 
+@pytest.mark.slow
 def test_export_has_free_batch_views_and_points(inputs):
     dense = {**DENSE, "intermediate_layer_idx": (0,) * 4}
     heads = dict(depth_head=dense, point_head=None, camera_head={**TINY["camera_head"], "num_iterations": 2})

@@ -82,6 +82,7 @@ def test_export_equals_torch_and_has_no_dead_node(name):
         np.testing.assert_allclose(run_onnx(exported, {"image": x.numpy()})[0], want, atol=1e-4 * want.std())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, opset", [("deit_tiny", 23), ("litv2_s", 23), ("care_s0", 21), ("efficientvit_m0", 21)])
 def test_standard_attention_decides_the_opset(name, opset):
     exported = to_onnx(*graph_of(tiny(name, img_size=64)))
@@ -100,6 +101,7 @@ def test_older_opset_has_no_attention_node_and_the_same_values():
     np.testing.assert_allclose(run_onnx(exported, {"image": x.numpy()})[0], want, atol=1e-4 * want.std())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shvit_s1", "care_s0"])
 def test_free_size(name):
     model = tiny(name)
@@ -186,6 +188,7 @@ def test_normalisation_epsilons():
 # LITv2's extremes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha, keys", [(0.0, {"h_qkv", "h_proj"}), (1.0, {"l_q", "l_kv", "l_proj"})])
 def test_alpha_extremes_use_standard_attention(alpha, keys):
     model = tiny("litv2_s", img_size=64, alpha=alpha)
@@ -236,6 +239,7 @@ def test_deformable_convolution_is_onnx_deform_conv(grid):
 # DiT ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch, input_size", [(2, 8), (4, 12), (8, 16)])
 def test_dit_export(patch, input_size):
     torch.manual_seed(0)

@@ -97,6 +97,7 @@ def test_what_folds_forward_and_constants():
     assert torch.allclose(graph(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, config", [
     ("litv2_s", dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))),
     ("deit_tiny", dict(embed_dim=48, depth=2)),
@@ -252,6 +253,7 @@ def test_scaled_additions_stay_float_and_any_reader_gets_its_scale(pictures):
     assert torch.isfinite(result.graph(torch.randn(2, 3, 8, 8))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["min_max", "moving_average", "percentile", "mse", "entropy"])
 def test_every_observer_serves_a_recipe(tiny_model, pictures, method):
     recipe = {"name": method, "activations": {"observer": {"method": method}}}

@@ -59,6 +59,7 @@ def test_the_result_is_a_recipe_that_gives_the_same_again(model):
         assert torch.equal(result.graph(x), again.graph(x))
 
 
+@pytest.mark.slow
 def test_the_stored_recipe_writes_the_same_file(model):
     """With every kind of rewriting, whose order matters."""
     values = recipe(goal_db=40, most=0.05, otherwise=[{"step": "prescale", "imbalance": 0.9}])

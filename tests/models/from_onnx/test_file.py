@@ -55,6 +55,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_own_exports_come_back_as_standard_ops(name, tmp_path):
     torch.manual_seed(0)
