@@ -106,7 +106,7 @@ class Revert(Strict):
     """
 
     step: Literal["revert"] = "revert"
-    goal_db: float = 24.0
+    goal_db: float = 27.0
     least: float = pydantic.Field(default=0.02, gt=0, lt=1)
     most: float = pydantic.Field(default=0.1, ge=0, le=1)
     images: int = pydantic.Field(default=32, ge=1)
