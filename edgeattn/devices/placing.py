@@ -8,7 +8,6 @@ plain one, and what is faster without is left out. In the end the artefact itsel
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from torch import fx, nn
 
 from edgeattn.data.source import ImageSource
+from edgeattn.devices.budget_table import RESIDUAL
 from edgeattn.devices.latency import SpeedupResult, measure_latency
 from edgeattn.devices.recipe_bench import RUNS, TOGETHER, Bench, Gain
 from edgeattn.export.placer import Placed
@@ -28,11 +28,8 @@ from edgeattn.quant.graph import aten, attribute, is_call, module_path
 from edgeattn.quant.recipe import Recipe, Rule
 from edgeattn.runtime.bundle import PlacementEntry
 
-logger = logging.getLogger(__name__)
-
-RESIDUAL = "residual additions"  # one choice for all, as a recipe has it
 _FINALISTS = 3
-FINAL_RUNS = 3 * RUNS  # timed anew: the best of many noisy results looks better than it is
+_FINAL_RUNS = 3 * RUNS  # timed anew: the best of many noisy results looks better than it is
 _LOST = 0.97  # a kind certainly slower than this as a whole is not taken apart
 Progress = Callable[[str, int, int], None]
 
@@ -168,7 +165,7 @@ class _Search:
         better = [left for left, gain in gains.items() if gain.low > 1]
         together = frozenset().union(*(left for left in better if len({r.kind for r in left}) == 1))
         last = sorted(better, key=lambda left: -gains[left].ratio)[:_FINALISTS]
-        final = self._timed([x for x in dict.fromkeys([together, *last]) if x and self._leaves_layers(x)], FINAL_RUNS)
+        final = self._timed([x for x in dict.fromkeys([together, *last]) if x and self._leaves_layers(x)], _FINAL_RUNS)
         best = max(final, key=lambda left: final[left].ratio, default=frozenset[Region]())
         if not best or final[best].low <= 1:
             return Placed(self.recipe, (), f"{tried}, none faster than the whole recipe")

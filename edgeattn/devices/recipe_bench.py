@@ -132,12 +132,12 @@ class Bench:
         """See `Measurer`."""
         variant: Variant = "float32" if recipe.is_float else "quantized"
         if variant == "quantized":
-            save_onnx(self.variant(recipe), self._interface, self._draft.folder / _FILES[variant])
+            save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES[variant])
         return max(_size(self._compile(self._draft, target, variant)) for target in self.targets)
 
     def timing(self, recipe: Recipe, target: str) -> tuple[float, float]:
         """See `Measurer`. Kept in the cache under the digest of both graphs and of what they ran on."""
-        save_onnx(self.variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
+        save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
         key = self._key(target, [self._draft.folder / name for name in _FILES.values()])
         known = self._cache.get(key)
         if known is None:
@@ -177,7 +177,7 @@ class Bench:
         draft = Draft(path, {"quantized": _FILES["quantized"]}, self._interface)
         if not path.exists():
             path.mkdir()
-            save_onnx(self.variant(recipe), self._interface, _model(draft))
+            save_onnx(self._variant(recipe), self._interface, _model(draft))
         return draft
 
     def _key(self, target: str, files: Sequence[Path], *how: Any) -> str:
@@ -192,7 +192,7 @@ class Bench:
     def _picture(self) -> dict[str, np.ndarray]:
         return {IMAGE: self._preprocessing(next(iter(self._source)).image)[None]}
 
-    def variant(self, recipe: Recipe) -> fx.GraphModule:
+    def _variant(self, recipe: Recipe) -> fx.GraphModule:
         """The graph with what a recipe quantizes on the grid of the ranges that were seen; nodes keep their order."""
         graph = copy.deepcopy(self.graph)
         twin = dict(zip(self.graph.graph.nodes, graph.graph.nodes, strict=True))

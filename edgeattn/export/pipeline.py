@@ -125,20 +125,15 @@ def _shares(
     model: nn.Module, asked: Recipe, source: ImageSource | None, targets: list[str], placed: dict[str, Placed],
     options: dict[str, Any],
 ) -> list[_Share]:  # fmt: skip
-    """The model quantized once for all targets with the same recipe; floating point for those that want nothing else,
-    which every share has beside it."""
-    recipes = {target: placed[target].recipe if target in placed else asked for target in targets}
+    """The model quantized once for all targets with the same recipe."""
     groups: list[tuple[Recipe, list[str]]] = []
-    for target, recipe in recipes.items():
-        if recipe is None:
-            continue
+    for target in targets:
+        recipe = placed[target].recipe if target in placed else asked
         known = next((group for group in groups if group[0] == recipe), None)
         if known is None:
             groups.append((recipe, [target]))
         else:
             known[1].append(target)
-    if not groups:
-        groups = [(load_recipe(FLOAT), [])]
     return [
         _Share(
             f"{_QUANTIZED}-{users[0]}" if i else _QUANTIZED,
@@ -175,17 +170,10 @@ class _Writer:
         plain = self._compiled(target, "float32", share)
         self.artifacts.append(plain)
         quantized = None if share is None else self._compiled(target, "quantized", share)
-        if placed is not None and placer is not None and margin is not None:
-            if quantized is None:
-                found = PlacementEntry(
-                    ships="float32", speedup=None, interval=None, left_float=list(placed.left_float),
-                    reason=placed.reason,
-                )  # fmt: skip
-            else:
-                sample = {name: value[:1] for name, value in self.golden.inputs.items()}
-                found = placer.judge(plain, quantized, sample, placed, margin)
-            self.placements[target.name] = found
-            if quantized is not None and found.ships == "float32":
+        if quantized is not None and placed is not None and placer is not None and margin is not None:
+            sample = {name: value[:1] for name, value in self.golden.inputs.items()}
+            found = self.placements[target.name] = placer.judge(plain, quantized, sample, placed, margin)
+            if found.ships == "float32":
                 self._delete(quantized)
                 return
         if quantized is not None:

@@ -17,9 +17,9 @@ from edgeattn.runtime.bundle import PlacementEntry
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A target's own recipe, None where it should get float32; what that leaves in float, and why."""
+    """A target's own recipe, what it leaves in floating point that the one asked for quantizes, and why."""
 
-    recipe: Recipe | None
+    recipe: Recipe
     left_float: tuple[str, ...]
     reason: str
 

@@ -64,7 +64,7 @@ class ArtifactEntry(_Strict):
 class PlacementEntry(_Strict):
     """What was measured at export to choose a target's artefact: times as fast as float32, with a 95 % interval.
 
-    `left_float` names what the recipe would quantize and this target runs faster, or as fast, in floating point.
+    `left_float` names what the recipe would quantize and this target runs faster in floating point.
     """
 
     ships: Variant
@@ -86,7 +86,7 @@ class Manifest(_Strict):
     """`manifest.json`. Paths are relative with forward slashes; times are UTC.
 
     `golden_tolerance` is per graph and output; `nodes` counts the ONNX nodes of a graph by op type (graphs: float32,
-    quantized, and quantized-TARGET where a target has its own); `precision` is of the first target's last artefact;
+    quantized, and quantized-TARGET where a target has its own); `precision` is of the first quantized one;
     `placements` is by target, where placement was measured; `steps` is what each part of the recipe gave, where that
     was asked for.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from edgeattn import create_model
@@ -13,6 +14,10 @@ from edgeattn.quant.graph import capture
 
 FACTOR = 30.0
 CHANNELS = (3, 17, 40)
+
+both_types = pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["float32", "float64"]
+)
 
 
 def plain_deit(**config):

@@ -12,7 +12,7 @@ from edgeattn.quant.recipe import WeightScheme, load_recipe
 from edgeattn.quant.rewrite import affine_of, sampled_tokens, weight_of
 from edgeattn.quant.rewrite_awq import awq
 from edgeattn.quant.scheme import Scheme
-from tests.quant.outliers import assert_same, captured, deit_with_outliers, images, plain_deit, sqnr_db
+from tests.quant.outliers import assert_same, both_types, captured, deit_with_outliers, images, plain_deit, sqnr_db
 
 INT4 = {"bits": 4, "granularity": "group", "group_size": "auto"}
 GROUPS, ROWS = WeightScheme(bits=4, granularity="group", group_size=16), WeightScheme(bits=4)
@@ -24,9 +24,7 @@ def schemes(graph, **changes):
 
 
 @pytest.mark.parametrize("weights", [INT4, {"bits": 4}, {"bits": 8}], ids=["groups", "rows", "int8"])
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["float32", "float64"]
-)
+@both_types
 def test_the_function_and_the_types_stay(weights, dtype, tolerance, pictures):
     model = deit_with_outliers()
     graph, x = captured(model, dtype), images(model, pictures, dtype)

@@ -9,7 +9,7 @@ from edgeattn.quant.methods.layernorm import power_of_two_factors
 from edgeattn.quant.quantize import quantize
 from edgeattn.quant.rewrite import affine_of, bias_of, sampled_tokens, scalable_pairs, weight_of
 from edgeattn.quant.rewrite_layernorm import power_of_two, reparameterize
-from tests.quant.outliers import CHANNELS, assert_same, captured, deit_with_outliers, images, sqnr_db
+from tests.quant.outliers import CHANNELS, assert_same, both_types, captured, deit_with_outliers, images, sqnr_db
 
 STEPS = {
     "reparameterize": reparameterize,
@@ -24,9 +24,7 @@ def norm_tokens(graph, x):
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["float32", "float64"]
-)
+@both_types
 def test_the_function_and_the_types_stay(step, dtype, tolerance, pictures):
     model = deit_with_outliers()
     graph, x = captured(model, dtype), images(model, pictures, dtype)
