@@ -163,6 +163,14 @@ def test_grey_and_rgba_pictures_are_used_and_it_is_said(edgeattn, tmp_path, few,
             "did you mean onnxruntime",
         ),
         (["export", "efficientvit_m0", "-o", "out", "--random-weights", "--quant", "w8a9"], "did you mean w8a8"),
+        (
+            ["export", "efficientvit_m0", "-o", "out", "--random-weights", "--budget", "size=abc"],
+            "budget 'size=abc': expected size=1.2MB",
+        ),
+        (
+            ["export", "efficientvit_m0", "-o", "out", "--random-weights", "--budget", "size=2MB"],
+            "never calibrates or validates on random data",
+        ),
         (["check", "nowhere", "--data", "x"], "x does not exist"),
         (["verify", "nowhere"], "is not a bundle"),
         (["frobnicate"], "No such command"),
@@ -174,6 +182,38 @@ def test_usage_errors(edgeattn, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     code, _, error = edgeattn(*arguments)
     assert code == 2 and said in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_budget_for_size_is_kept_and_promises_no_speed(edgeattn, tmp_path):
+    out = tmp_path / "out"
+    options = {"--quant": None, "--budget": "size=2.5MB", "--target": "onnxruntime"}
+    code, text, _ = edgeattn(*(x for x in export_arguments(out, **options) if x != "--no-search"), "--json")
+    manifest = json.loads(text)
+    assert code == 0 and manifest["margin"] is None and manifest["placements"] == {}
+    assert 1.5e6 < (out / "model.onnx").stat().st_size <= 2.5e6
+    code, text, _ = edgeattn("check", out, "--data", VAL, "--seconds", 1, "--json")
+    result = json.loads(text)
+    assert result["verdict"] in ("PASS", "INCONCLUSIVE") and "SLOWER" not in result["message"]
+    assert next(row for row in result["rows"] if row["variant"] == "quantized")["agreement"] > 97
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on_in_its_work_folder(edgeattn, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("{name: mine, weights: {bits: 4}, activations: null, calibration: {images: 32}, "
+                      "steps: [{step: reconstruct, iterations: 3, images: 32}]}")  # fmt: skip
+    out, work = tmp_path / "out", tmp_path / "work"
+    arguments = export_arguments(out, **{"--quant": recipe, "--work": work})
+    command = [sys.executable, "-c", "from edgeattn.cli import main; main()", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(work.rglob("*.npz"))) < 5:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    finished = len(list(work.rglob("*.npz")))
+    code, text, _ = edgeattn(*arguments, "--json")
+    assert code == 0 and f"layers ({finished} by an earlier run)" in " ".join(json.loads(text)["notes"])
 
 
 @pytest.mark.slow

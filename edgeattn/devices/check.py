@@ -247,16 +247,16 @@ def _measure(plan: _Plan, target: str, inputs: dict[str, np.ndarray] | None) -> 
     if plan.gate is not None and target in manifest.placements and "quantized" not in sessions:
         message = f"float32 is what was shipped; {manifest.placements[target].reason}"
         return dataclasses.replace(result, verdict=Verdict.PASS, message=message)
-    return result if plan.gate is None else judge(result, plan.gate)
+    return result if plan.gate is None else judge(result, plan.gate, manifest.margin)
 
 
-def judge(result: TargetResult, gate: Gate) -> TargetResult:
+def judge(result: TargetResult, gate: Gate, margin: float | None) -> TargetResult:
     """The same measurements with verdict and message; `result` has accuracy, latency and placement."""
     assert result.speedup is not None
     found = combine([
         judge_accuracy(result.accuracy["quantized"], gate),
         judge_placement(result.placement["quantized"]),
-        judge_speed(result.speedup, result.latency["quantized"]),
+        judge_speed(result.speedup, result.latency["quantized"], margin),
     ])  # fmt: skip
     return dataclasses.replace(result, verdict=found.verdict, message=found.sentence)
 

@@ -150,9 +150,13 @@ def _factor_needed(interval_at: Callable[[float], Interval], gate: float) -> flo
     return None
 
 
-def judge_speed(speedup: SpeedupResult, quantized: LatencyResult) -> Finding:
-    """SLOWER or PASS for certain, else INCONCLUSIVE."""
+def judge_speed(speedup: SpeedupResult, quantized: LatencyResult, margin: float | None = 1.0) -> Finding:
+    """SLOWER or PASS for certain, else INCONCLUSIVE; with the margin None every speed passes."""
     runs, needed = quantized.summary.runs, min_samples(0.9)
+    if margin is None:
+        return Finding(
+            Verdict.PASS, f"runs at {speedup.ratio:.2f}x the speed of float32, of which its recipe promises nothing"
+        )
     if quantized.summary.p90_ms is None or speedup.interval is None:
         return Finding(
             Verdict.INCONCLUSIVE,
@@ -161,19 +165,21 @@ def judge_speed(speedup: SpeedupResult, quantized: LatencyResult) -> Finding:
         )
     interval = speedup.interval
     measured = f"speed-up {speedup.ratio:.2f}x [{interval.low:.2f}, {interval.high:.2f}] over float32"
-    if interval.high < 1:
-        return Finding(Verdict.SLOWER, measured)
-    if interval.low > 1:
+    wanted = "" if margin == 1 else f", and the recipe asks for {margin:g}"
+    if interval.high < margin:
+        return Finding(Verdict.SLOWER, measured + wanted)
+    if interval.low > margin:
         return Finding(Verdict.PASS, measured)
-    return Finding(Verdict.INCONCLUSIVE, f"{measured}, which includes 1; {_runs_advice(speedup.ratio, interval, runs)}")
+    advice = _runs_advice(speedup.ratio, interval, runs, margin)
+    return Finding(Verdict.INCONCLUSIVE, f"{measured}, which includes {margin:g}{wanted}; {advice}")
 
 
-def _runs_advice(ratio: float, interval: Interval, runs: int) -> str:
-    distance = abs(math.log(ratio))
-    half = math.log(ratio / interval.low) if ratio > 1 else math.log(interval.high / ratio)
+def _runs_advice(ratio: float, interval: Interval, runs: int, margin: float) -> str:
+    distance = abs(math.log(ratio / margin))
+    half = math.log(ratio / interval.low) if ratio > margin else math.log(interval.high / ratio)
     # The interval narrows with the square root of the runs.
     if distance == 0 or (half / distance) ** 2 > _MOST_TIMES:
-        return "the two are about equally fast"
+        return "the two are about equally fast" if margin == 1 else "the speed-up is about what is asked for"
     # A point estimate can only be this close to the end of its own interval by rounding, so ask for some more at least.
     return (
         f"about {_rounded_up(runs * max((half / distance) ** 2, 1.1))} runs would decide if the speed-up stays as it is"

@@ -282,7 +282,7 @@ def _write_manifest(folder: Path, values: dict[str, Any], asked: Recipe, profile
     values = {
         **values, "edgeattn_version": edgeattn.__version__, "tools": _tool_versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"), "recipe": asked.name, "gate": asked.gate,
-        "device_profile": dict(profile) if profile else None,
+        "margin": asked.least_speedup, "device_profile": dict(profile) if profile else None,
     }  # fmt: skip
     (folder / "README.md").write_text(model_card(Manifest(files={}, **values)))
     files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -85,6 +85,7 @@ class TensorEntry(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. Paths are relative with forward slashes; times are UTC.
 
+    `margin` is what the recipe asks for: times as fast as float32, None where it is for size;
     `golden_tolerance` is per graph and output; `nodes` counts the ONNX nodes of a graph by op type (graphs: float32,
     quantized, and quantized-TARGET where a target has its own); `precision` is of the first quantized one;
     `placements` is by target, where placement was measured; `steps` is what each part of the recipe gave, where that
@@ -105,6 +106,7 @@ class Manifest(_Strict):
     class_names: list[str] | None = None
     recipe: str
     gate: str = "mlperf99"
+    margin: float | None = 1.0
     precision: dict[str, int] = {}
     calibration: dict[str, Any] | None = None
     device_profile: dict[str, Any] | None = None

@@ -113,6 +113,29 @@ def test_too_few_runs_are_inconclusive_whatever_the_speed():
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "verdict", "text"),
+    [
+        pytest.param(1.6, 1.8, Verdict.PASS, "speed-up 1.70x", id="above"),
+        pytest.param(1.1, 1.3, Verdict.SLOWER, "and the recipe asks for 1.5", id="faster, and below"),
+        pytest.param(
+            1.4, 1.8, Verdict.INCONCLUSIVE, "includes 1.5, and the recipe asks for 1.5; about", id="straddles"
+        ),
+        pytest.param(1.4, 1.6, Verdict.INCONCLUSIVE, "the speed-up is about what is asked for", id="equal"),
+    ],
+)
+def test_the_margin_of_the_recipe_is_what_counts(low, high, verdict, text):
+    found = judge_speed(*speed((low + high) / 2, low, high), margin=1.5)
+    assert found.verdict is verdict and text in found.sentence
+
+
+def test_recipes_for_size_may_be_slow():
+    found = judge_speed(*speed(0.5, 0.4, 0.6), margin=None)
+    assert (
+        found.verdict is Verdict.PASS and "0.50x the speed of float32, of which its recipe promises" in found.sentence
+    )
+
+
+@pytest.mark.parametrize(
     ("placement", "verdict"),
     [
         pytest.param(Placement(12, 0, {}, "", True), Verdict.PASS, id="all fused"),
