@@ -1,5 +1,7 @@
 """OFQ against LSQ at 2 to 4 bits, and each part of OFQ alone, on the shipped narrow DeiT and EuroSAT; resumable.
 
+LSQ is as published, with one scale per tensor; `+fine` gives it OFQ's scales per row and token.
+
     python scripts/compare_ofq.py --data FOLDER --out FOLDER [--runs ofq-w2a2:1 lsq-w2a2+statsq:1 ...]
 
 FOLDER holds eurosat64_train.npz, eurosat64_val.npz and eurosat64_test.npz. A run is PRESET:SEED; without --runs the
@@ -29,7 +31,7 @@ from edgeattn.quant.training import train
 from edgeattn.quant.training_config import training_config
 
 SHIPPED = Path(__file__).resolve().parent.parent / "samples" / "deit_eurosat" / "model.safetensors"
-PARTS = [f"lsq-w2a2+{part}" for part in ("statsq", "shifts", "qkr", "cga")]
+PARTS = ["lsq-w2a2+fine", *(f"lsq-w2a2+fine+{part}" for part in ("statsq", "shifts", "qkr", "cga"))]
 PLAN = [
     *(f"{name}-w2a2:{seed}" for seed in (1, 2, 3) for name in ("ofq", "lsq")),
     *(f"{name}:1" for name in PARTS),

@@ -3,7 +3,8 @@
 OFQ (arXiv 2302.02210), experimental setup: first convolution and heads with LSQ at 8 bits, weights and inputs;
 LayerNorm, softmax itself, GELU and residual additions in float; every other product at the bits asked for. Scales of
 activations: one per token position for the inputs of linear layers, for q, k and softmax rows; one per channel for v.
-LSQ and LSQ+ get the same places and the same granularity here, and weights one scale per row, so that they compare.
+LSQ and LSQ+ get the same places; one scale per tensor, as published, or at the same granularity (`fine`), weights then
+one per row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class _Maker:
     def activation(
         self, shape: Sequence[int], *, signed: bool = True, shifts: Sequence[int] | None = None
     ) -> LsqQuantizer:
-        """One at the bits asked for; `shifts` is their shape where OFQ has them."""
+        """One at the bits asked for; `shape` of the scale where it is fine, `shifts` theirs where OFQ has them."""
+        shape = shape if self.settings.fine else (1,) * len(shape)
         plus = self.settings.method == "lsq+"
         return LsqQuantizer(
             shape, self.settings.activation_bits, signed=signed, offset=plus, start="range" if plus else "mean",
@@ -64,7 +66,7 @@ class _Maker:
         return self._learned(value, self.settings.weight_bits)
 
     def _learned(self, value: Tensor, bits: int) -> LsqQuantizer:
-        shape = (len(value),) + (1,) * (value.dim() - 1)
+        shape = (len(value) if self.settings.fine else 1,) + (1,) * (value.dim() - 1)
         start = self.settings.method == "lsq+"
         quantizer = LsqQuantizer(shape, bits, start="three_sigma" if start else "mean")
         quantizer.initialise(value)

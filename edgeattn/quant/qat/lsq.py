@@ -206,6 +206,7 @@ class LsqQuantizer(nn.Module):
         return torch.round(self.position(weight))
 
     def export_grid(self, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(integer codes, scale, zero point 0) of a weight, with W_q = codes * scale."""
+        """(integer codes, scale of each row, zero point 0) of a weight, with W_q = codes * scale."""
         kind = torch.int8 if self.bits <= 8 else torch.int16
-        return self.codes(weight).to(kind), self.scale.detach().clamp(min=SCALE_FLOOR), 0.0
+        scale = self.scale.detach().clamp(min=SCALE_FLOOR)
+        return self.codes(weight).to(kind), scale.expand(len(weight), *scale.shape[1:]), 0.0

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from edgeattn.errors import RecipeError
 
-PARTS = ("statsq", "shifts", "qkr", "cga")
+PARTS = ("statsq", "shifts", "qkr", "cga", "fine")
 _METHODS = ("ofq", "lsq", "lsqplus")
 _BITS = (2, 3, 4)
 
@@ -19,15 +19,17 @@ _BITS = (2, 3, 4)
 class QatSettings:
     """Everything that decides which quantizers a model gets.
 
-    Every method quantizes the same places with the same granularity (see `convert.prepare`), so that they compare.
+    Every method quantizes the same places (see `convert.prepare`), LSQ and LSQ+ with one scale per tensor, as
+    published, or, with `fine`, at OFQ's granularity.
 
     Attributes:
         name: the preset, and what was switched off or on.
         method: of activations and, without statsq, of weights: LSQ, or LSQ+ (learned offsets of activations).
-        statsq: weights by StatsQ; else one learned scale per row.
+        statsq: weights by StatsQ, a scale per row; else learned scales.
         shifts: learned vectors before and after each activation quantizer (OFQ).
         qkr: multiply query and key weights first.
         cga: the run ends with confidence-guided annealing.
+        fine: learned scales per row of a weight, per token position or channel of activations; else one per tensor.
         exact_bias: QKR keeps what the bias of q does; False drops it as the paper's release does.
         clipped_gradient: StatsQ passes no gradient to clipped weights.
         boundary_range: of annealing, in steps of the grid.
@@ -46,6 +48,7 @@ class QatSettings:
     shifts: bool = True
     qkr: bool = True
     cga: bool = True
+    fine: bool = True
     exact_bias: bool = True
     clipped_gradient: bool = False
     boundary_range: float = 0.005
@@ -62,7 +65,7 @@ class QatSettings:
             raise RecipeError(f"{self.name}: method is {self.method!r}; expected lsq or lsq+.")
 
     def switch(self, on: Iterable[str] = (), off: Iterable[str] = ()) -> QatSettings:
-        """The settings with parts (statsq, shifts, qkr, cga) switched on and off, which the name says.
+        """The settings with parts (statsq, shifts, qkr, cga, fine) switched on and off, which the name says.
 
         Raises:
             RecipeError: a part that there is not.
@@ -103,7 +106,7 @@ def _preset(method: str, bits: int) -> QatSettings:
     if method == "ofq":
         return QatSettings(name, bits, bits)
     kind: Literal["lsq", "lsq+"] = "lsq" if method == "lsq" else "lsq+"
-    return QatSettings(name, bits, bits, method=kind, statsq=False, shifts=False, qkr=False, cga=False)
+    return QatSettings(name, bits, bits, method=kind, statsq=False, shifts=False, qkr=False, cga=False, fine=False)
 
 
 PRESETS: dict[str, QatSettings] = {

@@ -15,7 +15,9 @@ from tests.quant.qat.conftest import TINY
 
 
 @pytest.mark.parametrize("model", ["deit_tiny", "deit_tiny_distilled"])
-@pytest.mark.parametrize("name", [*PRESETS, "ofq-w2a2-statsq", "ofq-w2a2-shifts", "lsq-w2a2+qkr", "lsq-w2a2+statsq"])
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "ofq-w2a2-statsq", "ofq-w2a2-shifts", "lsq-w2a2+qkr", "lsq-w2a2+statsq", "lsq-w2a2+fine"]
+)
 def test_every_preset_learns_everywhere_and_freezes_to_the_same_numbers(tiny, name, model):
     made, x = tiny(name, model).train(), torch.randn(3, 3, 16, 16)
     logits = made(x)
@@ -47,14 +49,17 @@ def test_where_the_quantizers_are(tiny):
     assert made.notes == [
         "QKR keeps 512 numbers per block where query and key weights are 512; its scores cost 2 times as much"
     ]
-    plain = tiny("lsq-w3a3").blocks[0].attn
+    block = tiny("lsq-w3a3").blocks[0]
+    assert block.attn.q_quantizer.scale.shape == block.attn.v_quantizer.scale.shape == (1, 1, 1)
+    assert block.mlp.fc1.weight_quantizer.scale.shape == (1, 1)
+    plain = tiny("lsq-w3a3+fine").blocks[0].attn
     assert plain.q_quantizer.scale.shape == (1, 5, 1) and plain.v_quantizer.scale.shape == (1, 1, 16)
     assert len(quantizer_parameters(made)) == sum(
         key.endswith(("scale", "before", "after")) for key in made.state_dict()
     )
 
 
-@pytest.mark.parametrize("name", ["ofq-w2a2", "ofq-w4a4", "lsq-w3a3"])
+@pytest.mark.parametrize("name", ["ofq-w2a2", "ofq-w4a4", "lsq-w3a3", "lsq-w3a3+fine"])
 def test_grids_hold_what_the_model_computes_with(tiny, name):
     made = tiny(name)
     grids = export_grids(made)

@@ -12,6 +12,7 @@ def test_presets_and_switches():
     assert part == preset("ofq-w2a2").switch(off=["qkr", "cga"]) and not part.qkr and part.name == "ofq-w2a2-qkr-cga"
     assert preset("lsq-w2a2+statsq").statsq and not preset("lsq-w2a2").statsq
     assert preset("lsqplus-w2a2").method == "lsq+"
+    assert preset("ofq-w2a2").fine and not preset("lsq-w2a2").fine and preset("lsq-w2a2+fine").fine
     assert QatSettings.from_dict(part.to_dict()) == part
 
 
