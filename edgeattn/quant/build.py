@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from edgeattn.errors import RecipeError
 from edgeattn.quant import placement
+from edgeattn.quant.attention_products import encode_probabilities, split_attention
 from edgeattn.quant.calibration import Calibrator, Progress
 from edgeattn.quant.graph import aten, is_call, module_path
 from edgeattn.quant.methods.gptq import Hessian
@@ -24,6 +25,7 @@ from edgeattn.quant.rewrite_awq import awq
 from edgeattn.quant.rewrite_layernorm import power_of_two, reparameterize
 from edgeattn.quant.rewrite_rotation import rotate
 from edgeattn.quant.steps import (
+    AttentionProducts,
     Awq,
     BiasCorrection,
     Equalize,
@@ -38,7 +40,8 @@ from edgeattn.quant.steps import (
 )
 
 _SHOWN = 64  # pictures that show how large channels get
-_REWRITES = (Equalize, Smooth, Prescale, Awq, Reparameterize, PowerOfTwo, Rotate)
+_REWRITES = (Equalize, Smooth, Prescale, Awq, Reparameterize, PowerOfTwo, Rotate, AttentionProducts)
+_BY_RULES = (Awq, AttentionProducts)  # what they do depends on the rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +75,29 @@ def build(
             search = Reverting(graph, chosen, recipe, seen.ranges, calibrator.sample(reverting.images))
             search.recipe = recipe = recipe.model_copy(update={"steps": _with(recipe, step, reverting)})
         planned, (recipe, done) = recipe, search.run()
-        if planned.rules != recipe.rules and any(isinstance(step, Awq) for step in recipe.steps):
-            # Its scales depend on the layers' schemes: the stored recipe finds those of the new rules.
+        if planned.rules != recipe.rules and any(isinstance(step, _BY_RULES) for step in recipe.steps):
+            # The stored recipe does it by the new rules.
             graph, notes = _rewritten(float_graph, recipe, calibrator)
             chosen, seen = _planned(graph, recipe, calibrator)
         chosen = placement.plan(graph, recipe)
-        notes.append(done)
+        notes.append(f"{done}, without the noise of attention products" if chosen.products else done)
     notes += [f"float32: {path} ({reason})" for path, reason in chosen.kept_float.items()]
     precision = chosen.summary(graph)
     if any(isinstance(step, Reconstruct) for step in recipe.steps):
         seen, done = reconstruct(graph, chosen, seen, recipe, calibrator, work, progress)
         notes.append(done)
+    notes += _encode(graph, chosen, recipe, calibrator)
     placement.insert(graph, chosen, seen, recipe)
     return Built(graph, recipe, precision, notes)
+
+
+def _encode(graph: fx.GraphModule, chosen: placement.Plan, recipe: Recipe, calibrator: Calibrator) -> list[str]:
+    step = next((step for step in recipe.steps if isinstance(step, AttentionProducts)), None)
+    if step is None:
+        return []
+    assert recipe.activations is not None
+    symmetric = recipe.activations.signedness == "int8"
+    return encode_probabilities(graph, chosen.products, step, symmetric, calibrator.sample(_SHOWN))
 
 
 def _rewritten(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> tuple[fx.GraphModule, list[str]]:
@@ -118,6 +131,8 @@ def _rewrite(graph: fx.GraphModule, step: Any, recipe: Recipe, calibrator: Calib
         return [power_of_two(graph, calibrator.sample(_SHOWN), symmetric)]
     if isinstance(step, Rotate):
         return [rotate(graph, calibrator.sample(2))]
+    if isinstance(step, AttentionProducts):
+        return [split_attention(graph, step, recipe)]
     return []
 
 

@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from edgeattn.errors import RecipeError
 from edgeattn.ops.registry import OpSpec, load_ops
 from edgeattn.quant import weights
+from edgeattn.quant.attention_products import ATTENTION, observed_inputs, product_precision
 from edgeattn.quant.graph import add_attribute, aten, attribute, finish, is_call, module_path, set_input
 from edgeattn.quant.quantizer import (
     activation_parameters,
@@ -39,6 +40,7 @@ class Plan:
         tensors: nodes whose output is quantized, in graph order.
         weighted: convolutions and linear layers with quantized weights, and the scheme of each.
         adds: residual additions computed from quantized inputs.
+        products: matrix products inside attention with quantized inputs, and what each is computed in.
         attention: custom ops with int8 weights and floating-point activations.
         kept_float: module path to the reason, for layers that a rule leaves in floating point.
         activations: whether the inputs of the layers are quantized.
@@ -48,6 +50,7 @@ class Plan:
     tensors: tuple[fx.Node, ...]
     weighted: dict[fx.Node, WeightScheme]
     adds: tuple[fx.Node, ...]
+    products: dict[fx.Node, str]
     attention: tuple[tuple[fx.Node, OpSpec], ...]
     kept_float: dict[str, str]
     activations: bool
@@ -59,6 +62,7 @@ class Plan:
         for node, scheme in self.weighted.items():
             counts[self._label(scheme, self.activations and node not in self.float_inputs)] += 1
         counts["int8"] += len(self.adds)
+        counts.update(f"attention products: {precision}" for precision in self.products.values())
         counts["attention: int8 weights, float32 activations"] = len(self.attention)
         weighted = [n for n in graph.graph.nodes if is_call(n, *_WEIGHTED)]
         counts["float32"] = len(weighted) - len(self.weighted)
@@ -81,6 +85,7 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
     specs = {spec.torch_op: spec for spec in load_ops().values() if spec.quantized}
     weighted: dict[fx.Node, WeightScheme] = {}
     adds: list[fx.Node] = []
+    products: dict[fx.Node, str] = {}
     attention: list[tuple[fx.Node, OpSpec]] = []
     kept: dict[str, str] = {}
     float_inputs: set[fx.Node] = set()
@@ -105,22 +110,29 @@ def plan(graph: fx.GraphModule, recipe: Recipe) -> Plan:
             weighted[node] = weights.resolve(scheme, weight, path)
             if rule is not None and rule.activations == "float":
                 float_inputs.add(node)
+        elif kind == "product":
+            products[node] = str(product_precision(node))
         elif recipe.activations is not None and recipe.weights.bits == 8 and recipe.residual == "int8":
             adds.append(node)
     has_activations = recipe.activations is not None
     wanted = [node for node in weighted if node not in float_inputs]
-    tensors = _quantized_tensors(graph, wanted, adds, recipe.weights.bits == 8) if has_activations else ()
-    return Plan(tensors, weighted, tuple(adds), tuple(attention), kept, has_activations, frozenset(float_inputs))
+    tensors = _quantized_tensors(graph, wanted, adds, products, recipe.weights.bits == 8) if has_activations else ()
+    return Plan(
+        tensors, weighted, tuple(adds), products, tuple(attention), kept, has_activations, frozenset(float_inputs)
+    )
 
 
 def _kind(graph: fx.GraphModule, node: fx.Node, specs: dict[str, OpSpec]) -> str | None:
-    """What a node is to a recipe: a layer with constant weights, a residual add, an attention op of ours."""
+    """What a node is to a recipe: a layer with constant weights, a residual add, a product inside attention, an
+    attention op of ours."""
     if node.op != "call_function":
         return None
     if is_call(node, *_WEIGHTED) and attribute(graph, node.args[1]) is not None:
         return "layer"
     if is_call(node, aten.add.Tensor) and not node.kwargs and all(_is_activation(a) for a in node.args):
         return "add"
+    if product_precision(node) is not None:
+        return "product"
     return "attention" if _torch_name(node) in specs else None
 
 
@@ -131,7 +143,8 @@ def check_rules(graph: fx.GraphModule, recipe: Recipe) -> None:
         RecipeError: names the pattern and the nearest modules.
     """
     specs = {spec.torch_op: spec for spec in load_ops().values() if spec.quantized}
-    paths = list(dict.fromkeys(module_path(n) for n in graph.graph.nodes if _kind(graph, n, specs)))
+    nodes = [n for n in graph.graph.nodes if _kind(graph, n, specs) or is_call(n, ATTENTION)]
+    paths = list(dict.fromkeys(map(module_path, nodes)))
     for rule in recipe.rules:
         if rule.optional or any(fnmatch.fnmatchcase(path, rule.modules) for path in paths):
             continue
@@ -155,7 +168,7 @@ def _is_activation(value: object) -> bool:
 
 
 def _quantized_tensors(
-    graph: fx.GraphModule, weighted: list[fx.Node], adds: list[fx.Node], outputs: bool
+    graph: fx.GraphModule, weighted: list[fx.Node], adds: list[fx.Node], products: Iterable[fx.Node], outputs: bool
 ) -> tuple[fx.Node, ...]:
     """Inputs of the quantized nodes; where `outputs`, also what convolutions and additions give (behind its ReLU, if
     that is all that reads it): they compute in int8 only then. Matrix products give floats from integers for free.
@@ -167,6 +180,7 @@ def _quantized_tensors(
         chosen.update(arg for arg in data if isinstance(arg, fx.Node))
         if outputs and not is_call(node, aten.linear.default):
             chosen.add(after_activation(node))
+    chosen.update(arg for node in products for arg in observed_inputs(node))
     # Logits stay in float: the last layer's integer result is scaled once, without another rounding.
     return tuple(n for n in graph.graph.nodes if n in chosen and set(n.users) != {output})
 
@@ -209,25 +223,28 @@ def insert(graph: fx.GraphModule, chosen: Plan, seen: Statistics, recipe: Recipe
     finish(graph)
 
 
+def readers(node: fx.Node, chosen: Plan) -> set[fx.Node]:
+    """Who reads the dequantized values of a quantized tensor; its other users read the float values.
+
+    Of a tensor that is computed in int8 that is everybody: a reader of its float form would keep the runtime from
+    computing it so. Of others it is the quantized nodes.
+    """
+    source = node.args[0] if is_call(node, *_FUSED_ACTIVATIONS) else node
+    quantized = {*chosen.weighted, *chosen.adds, *chosen.products} - chosen.float_inputs
+    return {user for user in node.users if source in quantized or user in quantized}
+
+
 def _insert_pair(
     graph: fx.GraphModule, node: fx.Node, chosen: Plan, parameters: tuple[Tensor, Tensor], scales: dict[fx.Node, Tensor]
 ) -> None:
-    """Quantize and dequantize a tensor for the quantized nodes that read it.
-
-    Everybody reads the dequantized values of a tensor that is computed in int8: a second reader of its float form would
-    keep the runtime from computing it so. Others' float readers keep the float values.
-    """
-    scale, zero_point = parameters
-    after = node.next
+    """Quantize and dequantize a tensor for its `readers`."""
+    (scale, zero_point), reading, after = parameters, readers(node, chosen), node.next
     scale_node = add_attribute(graph, f"{node.name}_scale", scale, after)
     zero_node = add_attribute(graph, f"{node.name}_zero_point", zero_point, after)
     with graph.graph.inserting_before(after):
         codes = graph.graph.call_function(torch.ops.edgeattn.quantize.default, (node, scale_node, zero_node))
         values = graph.graph.call_function(torch.ops.edgeattn.dequantize.default, (codes, scale_node, zero_node))
-    source = node.args[0] if is_call(node, *_FUSED_ACTIVATIONS) else node
-    quantized = {*chosen.weighted, *chosen.adds} - chosen.float_inputs
-    readers = {user for user in node.users if source in quantized or user in quantized}
-    node.replace_all_uses_with(values, delete_user_cb=lambda user: user in readers and user is not codes)
+    node.replace_all_uses_with(values, delete_user_cb=lambda user: user in reading)
     values.meta["val"] = node.meta.get("val")
     values.meta["module_path"] = codes.meta["module_path"] = module_path(node)
     scales[values] = scale

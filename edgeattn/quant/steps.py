@@ -60,6 +60,26 @@ class Rotate(Strict):
     step: Literal["rotate"] = "rotate"
 
 
+class AttentionProducts(Strict):
+    """The two matrix products inside attention on int8 queries, keys and values, and on codes of the probabilities.
+
+    Of every call of scaled_dot_product_attention. Probabilities: `uniform`, steps of 1 / (2^bits - 1), which runtimes
+    compute with; `log2` (FQ-ViT), powers of two; `twin` (PTQ4ViT), one uniform grid for small and one for large ones.
+    The last two are simulated in float32.
+    """
+
+    step: Literal["attention_products"] = "attention_products"
+    softmax: Literal["uniform", "log2", "twin"] = "uniform"
+    bits: int | None = pydantic.Field(
+        default=None, ge=2, le=8, description="of the probabilities' codes; null: 4 for log2, else 8"
+    )
+
+    @property
+    def code_bits(self) -> int:
+        """`bits` with null resolved."""
+        return self.bits or (4 if self.softmax == "log2" else 8)
+
+
 class BiasCorrection(Strict):
     """The mean error that rounded weights make, taken out of the bias."""
 
@@ -115,10 +135,12 @@ class Revert(Strict):
 
 Step = Annotated[
     Equalize | Smooth | Prescale | Awq | Reparameterize | PowerOfTwo | Rotate
-    | BiasCorrection | Gptq | Reconstruct | Revert,
+    | AttentionProducts | BiasCorrection | Gptq | Reconstruct | Revert,
     pydantic.Field(discriminator="step"),
 ]  # fmt: skip
 STEPS: dict[str, type[Strict]] = {kind.model_fields["step"].default: kind for kind in get_args(get_args(Step)[0])}
-ACTIVATION_STEPS = frozenset({"reparameterize", "power_of_two"})  # change nothing but how activations are held
-NORM_STEPS = ACTIVATION_STEPS | {"smooth", "awq"}  # change what LayerNorms multiply with
+# Change nothing but how activations are held.
+ACTIVATION_STEPS = frozenset({"reparameterize", "power_of_two", "attention_products"})
+# Change what LayerNorms multiply with.
+NORM_STEPS = frozenset({"reparameterize", "power_of_two", "smooth", "awq"})
 WEIGHT_STEPS = ACTIVATION_STEPS | {"awq", "rotate"}
