@@ -64,7 +64,7 @@ def build(
         RecipeError: nothing is left to quantize, a rule matches nothing, a group size does not fit.
         NumericError: NaN in an activation; the layer is named.
     """
-    graph, notes = _rewritten(float_graph, recipe, calibrator)
+    graph, notes = rewritten(float_graph, recipe, calibrator)
     chosen, seen = _planned(graph, recipe, calibrator)
     reverting = next((step for step in recipe.steps if isinstance(step, Revert)), None)
     if reverting is not None:
@@ -77,7 +77,7 @@ def build(
         planned, (recipe, done) = recipe, search.run()
         if planned.rules != recipe.rules and any(isinstance(step, _BY_RULES) for step in recipe.steps):
             # The stored recipe does it by the new rules.
-            graph, notes = _rewritten(float_graph, recipe, calibrator)
+            graph, notes = rewritten(float_graph, recipe, calibrator)
             chosen, seen = _planned(graph, recipe, calibrator)
         chosen = placement.plan(graph, recipe)
         notes.append(f"{done}, without the noise of attention products" if chosen.products else done)
@@ -100,7 +100,8 @@ def _encode(graph: fx.GraphModule, chosen: placement.Plan, recipe: Recipe, calib
     return encode_probabilities(graph, chosen.products, step, symmetric, calibrator.sample(_SHOWN))
 
 
-def _rewritten(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> tuple[fx.GraphModule, list[str]]:
+def rewritten(float_graph: fx.GraphModule, recipe: Recipe, calibrator: Calibrator) -> tuple[fx.GraphModule, list[str]]:
+    """A copy with what a recipe's steps do to a float graph, and what that was."""
     graph, notes = copy.deepcopy(float_graph), []
     for step in recipe.steps:
         notes += _rewrite(graph, step, recipe, calibrator)

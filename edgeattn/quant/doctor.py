@@ -1,6 +1,6 @@
 """Calibration doctor: whether the pictures that set the ranges are fit for it, and what the ranges make of the tensors.
 
-One pass over the pictures through the folded float graph; nothing is quantized.
+One pass over the pictures through the float graph as the recipe's steps rewrite it; nothing is quantized.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from edgeattn.data.source import ImageSource, Sample, open_source
 from edgeattn.errors import NumericError, RecipeError
 from edgeattn.models.folding import fuse_attention
 from edgeattn.quant import placement
+from edgeattn.quant.build import rewritten
 from edgeattn.quant.calibration import Calibrator, Progress, is_constant
 from edgeattn.quant.calibration_report import FIRST_CHECK, OUTLIER_FACTOR, CalibrationReport, TensorReport, findings
 from edgeattn.quant.fold import fold
@@ -26,8 +27,6 @@ from edgeattn.quant.graph import capture, module_path
 from edgeattn.quant.observers import Histogram, Observer
 from edgeattn.quant.quantizer import activation_parameters
 from edgeattn.quant.recipe import ObserverSettings, Recipe, load_recipe
-from edgeattn.quant.rewrite import equalize
-from edgeattn.quant.steps import Equalize
 
 _ORDER_SEED = 20240301
 _DRIFT = 0.05  # of the final range's width; a range that moves less counts as settled
@@ -61,11 +60,13 @@ def diagnose(
             f"recipe {chosen.name!r} calibrates nothing on pictures for {name}. Take a classifier and a recipe that "
             "quantizes, for example w8a8."
         )
-    pictures = _Pictures(open_source(data, skip_bad).spread(chosen.calibration.images))
+    source = open_source(data, skip_bad).spread(chosen.calibration.images)
+    pictures = _Pictures(source)
     graph = capture(fuse_attention(model), interface)
     fold(graph)
-    if any(isinstance(step, Equalize) for step in chosen.steps):
-        equalize(graph)  # it moves ranges without a look at pictures; the report is about those that quantize gets
+    first = Calibrator(source, chosen, model.preprocessing)  # type: ignore[arg-type]
+    _Checked(graph).run(first.sample(FIRST_CHECK))  # steps would hide where NaN begins
+    graph, _ = rewritten(graph, chosen, first)
     studies, calibrator = _study(graph, chosen, pictures, model, progress)
     tensors = tuple(study.report() for study in studies)
     shown = {} if validation is None else _digests(open_source(validation, skip_bad), progress)
@@ -242,9 +243,9 @@ def _study(
     watch: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            watch[node] = [clock.tick, _finite("the model's input (check the preprocessing)")]
+            watch[node] = [clock.tick, _finite(node)]
         elif node.op == "call_function":
-            watch[node] = [_finite(f"layer {module_path(node) or node.name}")]
+            watch[node] = [_finite(node)]
     studies = []
     for node in placement.plan(graph, recipe).tensors:
         assert recipe.activations is not None
@@ -256,7 +257,25 @@ def _study(
     return studies, calibrator
 
 
-def _finite(where: str) -> Callable[[Any], None]:
+class _Checked(fx.Interpreter):
+    """Refuses what `_finite` refuses, on a few pictures."""
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*args, **options)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op in ("placeholder", "call_function"):
+            _finite(n)(value)
+        return value
+
+
+def _finite(node: fx.Node) -> Callable[[Any], None]:
+    where = f"layer {module_path(node) or node.name}"
+    if node.op == "placeholder":
+        where = "the model's input (check the preprocessing)"
+
     def see(value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise NumericError(

@@ -9,7 +9,9 @@ from edgeattn import create_model
 from edgeattn.data.preprocessing import Preprocessing
 from edgeattn.errors import DataError, NumericError, RecipeError
 from edgeattn.quant.doctor import diagnose, settled, special_tokens
+from edgeattn.quant.graph import attribute, calls
 from edgeattn.quant.quantize import quantize
+from edgeattn.quant.quantizer import activation_parameters
 from tests.conftest import randomize
 
 
@@ -129,6 +131,23 @@ def test_outlier_tokens_have_names():
     report = diagnose(model, noise(32))
     assert set(report.tensors[0].outlier_tokens) == {"distillation token", "5"}
     assert "distillation token" in kinds(report)["outlier tokens"].text
+
+
+def test_ranges_are_those_behind_the_steps_of_the_recipe():
+    torch.manual_seed(0)
+    sizes = {"num_classes": 5, "img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = create_model("deit_tiny", **sizes).eval()
+    model.preprocessing = Preprocessing(size=(16, 16))
+    steps = [{"step": "rotate"}, {"step": "equalize"}]
+    recipe = {"name": "mine", "activations": {"observer": {"method": "min_max"}}, "steps": steps}
+    pictures = noise(24)
+    graph = quantize(model, recipe, pictures).graph
+    pairs = calls(graph, torch.ops.edgeattn.quantize.default)
+    given = [[float(attribute(graph, value)) for value in pair.args[1:]] for pair in pairs]
+    found = [activation_parameters(t.low, t.high, "uint8") for t in diagnose(model, pictures, recipe=recipe).tensors]
+    assert given == [[float(value) for value in parameters] for parameters in found]
+    plain = diagnose(model, pictures, recipe={**recipe, "steps": []}).tensors
+    assert [t.high for t in plain] != [t.high for t in diagnose(model, pictures, recipe=recipe).tensors]
 
 
 def test_nan_names_the_layer_and_the_input(plain):
