@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sh scripts/fetch-ort-headers || echo "Going on without ONNX Runtime headers: the function body runs instead of the plugin (edgeattn doctor)."
 	$(BIN)/pip install -q torch
-	$(BIN)/pip install -q -e '.[openvino,hub,test]'
+	$(BIN)/pip install -q -e '.[openvino,hub,tensorrt,test]'
 	touch $@
 
 install:

@@ -98,6 +98,9 @@ def export_command(
         list[str] | None,
         typer.Option(help="Bits per layer for size=1.2MB, latency=0.8ms or drop=0.5 (`edgeattn budget`); repeatable."),
     ] = None,
+    compute_capability: Annotated[
+        list[int] | None, typer.Option(help="tensorrt-rtx: GPUs to build for, such as 86; repeatable.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Measure what each part of the recipe gives.")] = False,
     work: Annotated[
         Path | None, typer.Option(help="Folder for finished parts of a long step; a killed export goes on there.")
@@ -130,6 +133,7 @@ def export_command(
             module, targets, out, recipe=recipe, data=calib, dynamic_size=dynamic_size, overwrite=overwrite,
             skip_bad=skip_bad, work=work, explain=explain, progress=progress,
             placer=MeasuredPlacer(most_seconds=search_seconds, progress=progress) if search else None,
+            profile={"compute_capabilities": compute_capability} if compute_capability else None,
         )  # fmt: skip
     show(_manifest(bundle), as_json, lambda: _describe(bundle) + f"\n\nNext: edgeattn check {out} --data VAL_DIR")
 

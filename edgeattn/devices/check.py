@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ from edgeattn.devices.verdict import (
     judge_speed,
     most_severe,
 )
-from edgeattn.errors import UsageError
+from edgeattn.errors import DeviceError, UsageError
+from edgeattn.export.target import get_target
 from edgeattn.runtime.bundle import MANIFEST_DIGEST, RESULTS, Bundle
 from edgeattn.runtime.session import Session
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 VARIANTS = ("float32", "quantized")
@@ -163,12 +167,18 @@ def _opened(bundle: Bundle | str | Path) -> Bundle:
 
 
 def _targets(bundle: Bundle, targets: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(targets)) if targets else tuple(bundle.targets)
-    for target in chosen:
-        bundle.artifact(target, VARIANTS[0])
-    if not chosen:
-        raise UsageError(f"{bundle.path} holds no artefact; export the model for at least one target.")
-    return chosen
+    if targets:
+        for target in targets:
+            bundle.artifact(target, VARIANTS[0])
+        return tuple(dict.fromkeys(targets))
+    reasons = {target: get_target(target).cannot_run() for target in bundle.targets}
+    for target, reason in reasons.items():
+        if reason:
+            logger.warning("%s is left out: %s.", target, reason)
+    if chosen := tuple(target for target, reason in reasons.items() if not reason):
+        return chosen
+    told = "; ".join(f"{target}: {reason}" for target, reason in reasons.items()) or "it holds no artefact"
+    raise DeviceError(f"{bundle.path}: nothing in it runs on this machine ({told}). Export for a target that does.")
 
 
 def _variants(bundle: Bundle, target: str) -> list[str]:

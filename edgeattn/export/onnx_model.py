@@ -23,7 +23,8 @@ from torch import nn
 
 from edgeattn.data.interface import Interface
 from edgeattn.errors import NumericError, UnsupportedOp
-from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPS, OPSET, PLUGIN_ATTRIBUTES, OpSpec, alias, load_ops
+from edgeattn.export.functions import attach_functions
+from edgeattn.ops.registry import DOMAIN, DOMAIN_VERSION, OPSET, PLUGIN_ATTRIBUTES, OpSpec, load_ops
 from edgeattn.quant import quantizer as _quantizer  # noqa: F401 (registers the torch ops that are translated here)
 from edgeattn.quant.graph import traced
 
@@ -145,7 +146,7 @@ def _complete(model: onnx.ModelProto, opset: int, axes: dict[str, str]) -> None:
     model.ir_version = _IR_VERSION[opset >= ATTENTION_OPSET]
     _pack_int4(model)
     _strip(model)
-    _attach_functions(model, opset)
+    attach_functions(model, opset)
 
 
 def _pack_int4(model: onnx.ModelProto) -> None:
@@ -246,43 +247,6 @@ def _strip(model: onnx.ModelProto) -> None:
         holder.doc_string = ""
     model.producer_name = "edgeattn"
     del model.functions[:]
-
-
-def _attach_functions(model: onnx.ModelProto, opset: int) -> None:
-    """Give every node of ours a function body.
-
-    A body fits one value of the op's structural attributes (its `signature`). Functions are found by name alone in
-    some parsers (TensorRT's, onnx's reference evaluator ignore overloads), so a second body in one model gets a name
-    of its own: the op's name with the attribute's value, which the plugin knows too.
-    """
-    names: dict[str, dict[tuple[Any, ...], str]] = {}
-    types = tensor_types(model)
-    for node in model.graph.node:
-        if node.domain != DOMAIN:
-            continue
-        spec = OPS[node.op_type]
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in spec.attributes}
-        key = tuple(attributes[name] for name in spec.signature)
-        known = names.setdefault(spec.name, {})
-        if key not in known:
-            known[key] = alias(spec.name, spec.signature, key) if known else spec.name
-            function = spec.body(**attributes, name=known[key], dtype=types.get(node.input[0], "float32"))
-            function.opset_import[0].version = opset  # must equal the model's; the bodies mean the same from 20 to 23
-            model.functions.append(function)
-        node.op_type = known[key]
-    opsets = {entry.domain for entry in model.opset_import}
-    if names and DOMAIN not in opsets:
-        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-
-
-def tensor_types(model: onnx.ModelProto) -> dict[str, str]:
-    """numpy's name of the type of every tensor that states one."""
-    stated = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-    return {
-        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
-        for value in stated
-        if value.type.tensor_type.elem_type
-    }
 
 
 def _check_finite(model: onnx.ModelProto) -> None:

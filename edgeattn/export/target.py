@@ -18,6 +18,7 @@ from edgeattn.runtime.session import Session
 _TARGETS = {
     "onnxruntime": ("edgeattn.export.targets.onnxruntime", "OnnxRuntimeTarget"),
     "openvino": ("edgeattn.export.targets.openvino", "OpenVinoTarget"),
+    "tensorrt-rtx": ("edgeattn.export.targets.tensorrt", "TensorRtRtxTarget"),
 }
 
 
@@ -64,8 +65,17 @@ class Target(Protocol):
     name: str
 
     def compile(self, draft: Draft, variant: Variant, profile: Mapping[str, Any] | None = None) -> Artifact:
-        """Write the artefact of one variant; `profile` is the device's (its `threads` is used), None this machine."""
+        """Write the artefact of one variant; `profile` is the device's (`threads`, `compute_capabilities`), None this
+        machine."""
         ...
+
+    def cannot_run(self) -> str:
+        """Why artefacts cannot run on this machine, or ""."""
+        return ""
+
+    def stand_in(self, artifact: Artifact) -> Session:
+        """A session that computes here what an artefact was made from, where the artefact itself cannot run."""
+        return artifact.open()
 
 
 def list_targets() -> list[str]:

@@ -27,12 +27,13 @@ SCHEMA_VERSION: Literal[1] = 1
 
 # Signedness of per-tensor int8 activations that a target computes in. TensorRT takes symmetric int8 only.
 _TARGET_ACTIVATIONS: dict[str, Literal["uint8", "int8"]] = {
-    "onnxruntime": "uint8", "openvino": "uint8", "tensorrt": "int8", "coreml": "int8",
+    "onnxruntime": "uint8", "openvino": "uint8", "tensorrt": "int8", "tensorrt-rtx": "int8",
+    "coreml": "int8",
 }  # fmt: skip
 # Bits of weights and activations that a target runs; 16 stands for floating point.
 _TARGET_FORMATS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("w8a8", "w8a16", "w4a8", "w4a16"), "openvino": ("w8a8", "w8a16", "w4a8", "w4a16"),
-    "tensorrt": ("w8a8", "w4a16"), "coreml": ("w8a8", "w8a16", "w4a16"),
+    "tensorrt": ("w8a8", "w4a16"), "tensorrt-rtx": ("w8a8", "w4a16"), "coreml": ("w8a8", "w8a16", "w4a16"),
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ Variant = Literal["float32", "quantized"]
 _BACKENDS = {
     "onnxruntime": "edgeattn.runtime.onnxruntime_session",
     "openvino": "edgeattn.runtime.openvino_session",
+    "tensorrt-rtx": "edgeattn.runtime.tensorrt_session",
 }
 
 
@@ -49,7 +50,7 @@ class ArtifactEntry(_Strict):
     """One runnable form of the model: which target, which variant, its main file, and the options it runs with.
 
     `graph` is the key of its golden outputs, tolerance and node counts; targets may have quantized graphs of their own.
-    `precision` counts its compute nodes.
+    `precision` counts its compute nodes. `not_run` says why it was not run when it was made: a stand-in was checked.
     """
 
     target: str
@@ -59,6 +60,7 @@ class ArtifactEntry(_Strict):
     settings: dict[str, Any]
     graph: str = ""
     precision: dict[str, int] = {}
+    not_run: str = ""
 
 
 class PlacementEntry(_Strict):

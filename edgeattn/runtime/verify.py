@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeattn.errors import MissingDependency
+from edgeattn.errors import DeviceError, MissingDependency
 from edgeattn.runtime.bundle import Bundle, Golden
 from edgeattn.runtime.session import Session
 
@@ -21,7 +21,7 @@ class Verification:
         files: how many files matched their digest.
         checked: target/variant to the largest difference from the golden outputs.
         problems: one line per artefact that does not reproduce them.
-        skipped: one line per artefact whose runtime is not installed here.
+        skipped: one line per artefact that cannot run here: no runtime, no device.
         unlisted: files in the folder that the manifest does not know.
     """
 
@@ -84,7 +84,9 @@ def verify(path: str | Path) -> Verification:
         name = f"{entry.target}/{entry.variant}"
         try:
             session = bundle.open_session(entry.target, entry.variant)
-        except MissingDependency as error:
+        except (MissingDependency, DeviceError) as error:
+            if isinstance(error, DeviceError) and not entry.not_run:
+                raise
             skipped.append(f"{name}: {error}")
             continue
         try:

@@ -8,14 +8,14 @@ from typing import Any
 
 import onnx
 
-from edgeattn.export.onnx_model import tensor_types
-from edgeattn.export.target import Artifact, Draft
+from edgeattn.export.functions import tensor_types
+from edgeattn.export.target import Artifact, Draft, Target
 from edgeattn.ops.registry import DOMAIN, spec_name
 from edgeattn.runtime.bundle import ArtifactEntry, Variant
 from edgeattn.runtime_plugins import cpu
 
 
-class OnnxRuntimeTarget:
+class OnnxRuntimeTarget(Target):
     """See `edgeattn.export.target.Target`."""
 
     name = "onnxruntime"

@@ -13,7 +13,7 @@ from onnx.inliner import inline_local_functions
 
 from edgeattn.data.interface import BATCH, TensorSpec
 from edgeattn.errors import UnsupportedOp
-from edgeattn.export.target import Artifact, Draft
+from edgeattn.export.target import Artifact, Draft, Target
 from edgeattn.ops.registry import DOMAIN
 from edgeattn.runtime.bundle import ArtifactEntry, Variant
 from edgeattn.runtime.openvino_session import import_openvino
@@ -24,7 +24,7 @@ def _static(spec: TensorSpec) -> list[int]:
     return [side if isinstance(side, int) else 1 if side == BATCH else -1 for side in spec.shape]
 
 
-class OpenVinoTarget:
+class OpenVinoTarget(Target):
     """See `edgeattn.export.target.Target`. The artefact has a static batch of 1, which its CPU plugin runs faster."""
 
     name = "openvino"
