@@ -54,7 +54,8 @@ class MeasuredPlacer:
     Args:
         threads: of the runtimes; None: all processors.
         seconds: time budget of each candidate, and ten times that of the final comparison.
-        most_seconds: time budget of the search for all targets; what was not tried by then stays as the recipe has it,
+        most_seconds: time budget of the search for all targets, without the whole recipe's export and that of the few
+            that are compared in the end; what was not tried by then stays as the recipe has it,
             which is said. Timings are kept, so the same export goes on from there.
         cache: file of timings; None: in the user's cache folder.
     """
@@ -71,11 +72,14 @@ class MeasuredPlacer:
         with Bench(
             model, source, recipe, targets, threads=self._threads, seconds=self._seconds, cache=self._cache
         ) as bench:
-            end, placed = time.monotonic() + self._most, {}
+            # Writes the whole recipe, once: that is no part of a comparison, nor of the time for them.
+            bench.speedups(recipe.model_copy(update={"steps": ()}), {}, targets[0])
+            end, searches = time.monotonic() + self._most, {}
             for i, target in enumerate(targets):
                 share = (end - time.monotonic()) / (len(targets) - i)
-                placed[target] = _Search(bench, recipe, target, time.monotonic() + share, self._progress).run()
-            return placed
+                searches[target] = _Search(bench, recipe, target, time.monotonic() + share, self._progress)
+                searches[target].screen()
+            return {target: search.best() for target, search in searches.items()}
 
     def judge(
         self, plain: Artifact, quantized: Artifact, inputs: Mapping[str, np.ndarray], placed: Placed, margin: float
@@ -154,18 +158,25 @@ class _Search:
         self._longest = 0.0  # seconds of one comparison: none is begun that would not end in time
         self.recipe, self.base = recipe, recipe.model_copy(update={"steps": ()})
         self.regions = regions(bench.graph, self.base)
+        self._gains: dict[frozenset[Region], Gain] = {}
+        self._tried = ""
 
-    def run(self) -> Placed:
-        """The fastest of what was tried, if it is for certain faster than the plain recipe."""
+    def screen(self) -> None:
+        """Time what the search has time for, from files that are edited, not exported."""
         kinds, single = self._candidates()
         gains = self._measured(kinds)
         worth = [left for left in single if all(gains[k].high > _LOST for k in kinds if left <= k and k in gains)]
         gains |= self._measured([left for left in worth if left not in gains])
-        tried = f"{len(gains)} of {len(dict.fromkeys([*kinds, *worth]))} placements timed"
+        self._gains = gains
+        self._tried = f"{len(gains)} of {len(dict.fromkeys([*kinds, *worth]))} placements timed"
+
+    def best(self) -> Placed:
+        """The fastest of what was tried, if it is for certain faster than the plain recipe when both are exported."""
+        gains, tried = self._gains, self._tried
         better = [left for left, gain in gains.items() if gain.low > 1]
         together = frozenset().union(*(left for left in better if len({r.kind for r in left}) == 1))
         last = sorted(better, key=lambda left: -gains[left].ratio)[:_FINALISTS]
-        final = self._timed([x for x in dict.fromkeys([together, *last]) if x and self._leaves_layers(x)], _FINAL_RUNS)
+        final = self._timed([x for x in dict.fromkeys([together, *last]) if x and self._leaves_layers(x)], final=True)
         best = max(final, key=lambda left: final[left].ratio, default=frozenset[Region]())
         if not best or final[best].low <= 1:
             return Placed(self.recipe, (), f"{tried}, none faster than the whole recipe")
@@ -210,8 +221,8 @@ class _Search:
         if self._progress:
             self._progress(f"{self.target}: placements", done, total)
 
-    def _timed(self, candidates: Sequence[frozenset[Region]], runs: int = RUNS) -> dict[frozenset[Region], Gain]:
+    def _timed(self, candidates: Sequence[frozenset[Region]], *, final: bool = False) -> dict[frozenset[Region], Gain]:
         named = {str(i): left for i, left in enumerate(candidates)}
         recipes = {name: without(self.base, left, "") for name, left in named.items()}
-        found = self.bench.speedups(self.base, recipes, self.target, runs)
+        found = self.bench.speedups(self.base, recipes, self.target, _FINAL_RUNS if final else RUNS, exact=final)
         return {named[name]: gain for name, gain in found.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 from torch import fx, nn
 
 from edgeattn import __version__
@@ -25,9 +27,10 @@ from edgeattn.devices.accuracy import evaluate
 from edgeattn.devices.latency import SMALLEST_BLOCK_RUNS, measure_latency
 from edgeattn.devices.results import machine_facts
 from edgeattn.devices.statistics import MIN_ROUNDS
-from edgeattn.errors import DeviceError
+from edgeattn.errors import DeviceError, UnsupportedOp
 from edgeattn.export.onnx_model import save_onnx
 from edgeattn.export.target import Artifact, Draft, get_target
+from edgeattn.export.unquantize import removal, unquantize
 from edgeattn.models.folding import fuse_attention
 from edgeattn.models.sources import cache_folder
 from edgeattn.quant import placement
@@ -87,7 +90,8 @@ class Bench:
 
     Args:
         source: calibration pictures; labels for `drop`.
-        base: recipe whose ranges are used; every recipe that is timed quantizes no other tensors.
+        base: recipe whose ranges are used; every recipe that is timed quantizes no other tensors. Files of recipes that
+            only leave parts of it out are made from its file.
         threads: of the runtimes; None: all processors.
         seconds: time budget of each comparison.
         cache: file of timings; None: in the user's cache folder.
@@ -117,16 +121,21 @@ class Bench:
         few = base.model_copy(update={"calibration": Calibration(images=_RANGE_IMAGES)})
         calibrator = Calibrator(source, few, self._preprocessing)
         self._ranges = observed_ranges(self.graph, placement.plan(self.graph, base), base, calibrator)
-        self._images = base.calibration.images
+        self._images, self._base = base.calibration.images, base.model_copy(update={"steps": ()})
         self._folder = tempfile.TemporaryDirectory(prefix="edgeattn-budget-")
-        self._draft = Draft(Path(self._folder.name), _FILES, self._interface)
-        save_onnx(self.graph, self._interface, self._draft.folder / _FILES["float32"])
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
+
+    @functools.cached_property
+    def _draft(self) -> Draft:
+        """With the float32 model, for comparisons with it."""
+        draft = Draft(Path(self._folder.name), _FILES, self._interface)
+        save_onnx(self.graph, self._interface, draft.folder / _FILES["float32"])
+        return draft
 
     def bytes(self, recipe: Recipe) -> int:
         """See `Measurer`."""
@@ -137,7 +146,7 @@ class Bench:
 
     def timing(self, recipe: Recipe, target: str) -> tuple[float, float]:
         """See `Measurer`. Kept in the cache under the digest of both graphs and of what they ran on."""
-        save_onnx(self._variant(recipe), self._interface, self._draft.folder / _FILES["quantized"])
+        self._save(recipe, self._draft.folder / _FILES["quantized"], self._edited(recipe))
         key = self._key(target, [self._draft.folder / name for name in _FILES.values()])
         known = self._cache.get(key)
         if known is None:
@@ -145,17 +154,22 @@ class Bench:
             self._cache.put(key, known)
         return known[0], known[-1]
 
-    def speedups(self, base: Recipe, others: Mapping[str, Recipe], target: str, runs: int = RUNS) -> dict[str, Gain]:
+    def speedups(
+        self, base: Recipe, others: Mapping[str, Recipe], target: str, runs: int = RUNS, *, exact: bool = True
+    ) -> dict[str, Gain]:
         """How many times as fast as a recipe others are, by name, all without their steps.
 
         Measured in turns, some of them at a time, and kept in the cache: what a recipe makes of the same weights and
-        ranges is the same. What is too slow for an interval within the time is left out.
+        ranges is the same. What is too slow for an interval within the time is left out. Where the others' files need
+        not be `exact`, they are made from that of the bench's base in a hundredth of the time: the same nodes, float
+        weights as they were rounded.
         """
         first = self._written(base)
-        keys = {name: self._key(target, [_model(first)], recipe.to_yaml(), runs) for name, recipe in others.items()}
+        how = [runs, "exact" if exact else "edited"]
+        keys = {name: self._key(target, [_model(first)], recipe.to_yaml(), *how) for name, recipe in others.items()}
         found = {name: self._cache.get(key) for name, key in keys.items()}
         missing = [name for name, values in found.items() if values is None]
-        drafts = {name: self._written(others[name]) for name in missing}
+        drafts = {name: self._written(others[name], None if exact else self._edited(others[name])) for name in missing}
         for names in (missing[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)):
             with contextlib.ExitStack() as stack:
                 sessions: dict[str, Session] = {}
@@ -171,14 +185,40 @@ class Bench:
                         self._cache.put(keys[one.candidate], values)
         return {name: Gain(*values) for name, values in found.items() if values is not None}
 
-    def _written(self, recipe: Recipe) -> Draft:
+    def _written(self, recipe: Recipe, edited: onnx.ModelProto | None = None) -> Draft:
         """The graph of a recipe in a folder of its own, once for all targets."""
-        path = self._draft.folder / hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]
+        name = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]
+        path = Path(self._folder.name) / (name if edited is None else f"{name}-edited")
         draft = Draft(path, {"quantized": _FILES["quantized"]}, self._interface)
         if not path.exists():
             path.mkdir()
-            save_onnx(self._variant(recipe), self._interface, _model(draft))
+            self._save(recipe, _model(draft), edited)
         return draft
+
+    def _save(self, recipe: Recipe, path: Path, edited: onnx.ModelProto | None) -> None:
+        if edited is None:
+            save_onnx(self._variant(recipe), self._interface, path)
+        else:
+            path.write_bytes(edited.SerializeToString())
+
+    def _edited(self, recipe: Recipe) -> onnx.ModelProto | None:
+        """The base's ONNX with what a recipe leaves out in floating point; None: that needs an export of its own."""
+        if recipe.activations != self._base.activations:
+            return None
+        try:
+            removed = removal(*self._base_graph, placement.plan(self.graph, recipe))
+            return unquantize(self._base_file, removed)
+        except UnsupportedOp as error:
+            logger.info("the ONNX file of a recipe is not made from that of %s: %s", self._base.name, error)
+            return None
+
+    @functools.cached_property
+    def _base_graph(self) -> tuple[fx.GraphModule, placement.Plan]:
+        return self._variant(self._base), placement.plan(self.graph, self._base)
+
+    @functools.cached_property
+    def _base_file(self) -> onnx.ModelProto:
+        return onnx.load(_model(self._written(self._base)), load_external_data=False)
 
     def _key(self, target: str, files: Sequence[Path], *how: Any) -> str:
         """Digest of what a timing depends on."""
