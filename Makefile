@@ -9,6 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(wildcard CMakeLists.txt edgeattn/runtime_plugins/cpu/CMakeLists.txt edgeattn/runtime_plugins/cpu/*.cpp \
   edgeattn/runtime_plugins/cpu/*.h edgeattn/runtime_plugins/cpu/kernels/*)
 
+# A process per core with one thread each: together they would stand in each other's way.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 CALIB ?= samples/eurosat64/calib
 VAL ?= samples/eurosat64/val
 
@@ -19,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sh scripts/fetch-ort-headers || echo "Going on without ONNX Runtime headers: the function body runs instead of the plugin (edgeattn doctor)."
 	$(BIN)/pip install -q torch
-	$(BIN)/pip install -q -e '.[openvino,hub,tensorrt,test]'
+	$(BIN)/pip install -q -e '.[openvino,hub,tensorrt,kernels,test]'
 	touch $@
 
 install:
@@ -30,10 +34,10 @@ demo: $(VENV)/.installed
 	BIN=$(BIN) OUT=$(DEMO_OUT) sh scripts/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
