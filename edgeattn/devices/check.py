@@ -171,7 +171,9 @@ def _targets(bundle: Bundle, targets: Sequence[str] | None) -> tuple[str, ...]:
         for target in targets:
             bundle.artifact(target, VARIANTS[0])
         return tuple(dict.fromkeys(targets))
-    reasons = {target: get_target(target).cannot_run() for target in bundle.targets}
+    # What ran when it was made is tried; the others' targets know whether this machine is another.
+    unseen = {entry.target for entry in bundle.manifest.artifacts if entry.not_run}
+    reasons = {target: get_target(target).cannot_run() if target in unseen else "" for target in bundle.targets}
     for target, reason in reasons.items():
         if reason:
             logger.warning("%s is left out: %s.", target, reason)

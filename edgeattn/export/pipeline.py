@@ -116,9 +116,11 @@ class _Share:
 def _placed(
     model: nn.Module, recipe: Recipe, source: ImageSource | None, targets: list[str], placer: Placer | None
 ) -> dict[str, Placed]:
-    if placer is None or source is None or recipe.least_speedup is None or not interface_of(model).is_classifier:
+    running = [name for name in targets if not get_target(name).cannot_run()]
+    searched = recipe.least_speedup is not None and interface_of(model).is_classifier
+    if placer is None or source is None or not searched or not running:
         return {}
-    return placer.place(model, recipe, source, [name for name in targets if not get_target(name).cannot_run()])
+    return placer.place(model, recipe, source, running)
 
 
 def _shares(

@@ -230,7 +230,7 @@ def test_failed_export_leaves_nothing(tiny_model, tmp_path, monkeypatch, picture
 
 
 def test_targets_and_devices():
-    assert list_targets() == ["onnxruntime", "openvino"]
+    assert list_targets() == ["onnxruntime", "openvino", "tensorrt-rtx"]
     with pytest.raises(UsageError, match="unknown target 'openvine': did you mean openvino"):
         get_target("openvine")
 

@@ -113,19 +113,15 @@ def _interpreting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interpreter() -> Iterator[None]:
-    """Triton ready to interpret, although it was imported to compile.
+    """Triton ready to interpret, although it was imported to compile, and to compile again afterwards.
 
-    Its library functions (tl.sum, ...) were decorated for the compiler at import, and its matrix product takes the bits
-    of a bfloat16 for an integer.
+    Its library functions (tl.sum, ...) were decorated for the compiler at import, its matrix product takes the bits of
+    a bfloat16 for an integer, and it leaves in place some of what it exchanges in its language.
     """
     import triton.experimental.gluon  # noqa: F401  imported late by Triton itself, it would meet the exchanged functions
     import triton.language as tl
     from triton.runtime import interpreter, jit
 
-    compiled = [
-        (module, name, value)
-        for module in (tl, tl.standard) for name, value in vars(module).items() if isinstance(value, jit.JITFunction)
-    ]  # fmt: skip
     builder = interpreter.interpreter_builder
     product = builder.create_dot
 
@@ -133,12 +129,27 @@ def _interpreter() -> Iterator[None]:
         a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return product(a, b, *rest)
 
+    language = (
+        tl, tl.core, tl.standard, tl.math, tl.tensor, tl.dtype, tl.condition, tl.core.tensor_descriptor_base
+    )  # fmt: skip
+    before = [(place, dict(vars(place))) for place in language]
     try:
-        for module, name, value in compiled:
-            setattr(module, name, interpreter.InterpretedFunction(value.fn))
+        for module in (tl, tl.standard):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, jit.JITFunction):
+                    setattr(module, name, interpreter.InterpretedFunction(value.fn))
         builder.create_dot = wide_product
         yield
     finally:
         del builder.create_dot
-        for module, name, value in compiled:
-            setattr(module, name, value)
+        for place, values in before:
+            _restore(place, values)
+
+
+def _restore(place: Any, values: Mapping[str, Any]) -> None:
+    """Give a module or class the attributes that it had; a module may have imported others since."""
+    for name in [] if isinstance(place, ModuleType) else set(vars(place)) - set(values):
+        delattr(place, name)
+    for name, value in values.items():
+        if vars(place).get(name) is not value:
+            setattr(place, name, value)

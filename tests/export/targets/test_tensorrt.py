@@ -4,11 +4,13 @@ import pytest
 
 from edgeattn import create_model
 from edgeattn.devices.check import bench
+from edgeattn.devices.placing import MeasuredPlacer
 from edgeattn.errors import DeviceError, UnsupportedOp, UsageError
 from edgeattn.export.pipeline import export
 from edgeattn.export.targets import tensorrt
 from edgeattn.runtime.tensorrt_session import cannot_run, open_session
 from edgeattn.runtime.verify import verify
+from tests.conftest import SAMPLES
 
 trt = pytest.importorskip("tensorrt_rtx")
 RTX = "tensorrt-rtx"
@@ -40,6 +42,12 @@ def test_an_engine_beside_onnx_runtime(tiny_model, pictures, tmp_path):
 
 def recipe():
     return {"name": "mine", "activations": {"signedness": "int8"}}
+
+
+@without_gpu
+def test_what_cannot_run_here_is_not_searched(tiny_model, pictures, tmp_path):
+    bundle = export(tiny_model, [RTX], tmp_path / "out", recipe=recipe(), data=pictures, placer=MeasuredPlacer())
+    assert bundle.manifest.placements == {} and len(bundle.manifest.artifacts) == 2
 
 
 def test_the_second_build_comes_from_the_cache(tiny_model, tmp_path, monkeypatch):
@@ -92,9 +100,11 @@ def test_engines_that_are_not_opened(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shvit_s1", "care_s0", "litv2_s", "deit_tiny"])
+@pytest.mark.parametrize("name, weights", [
+    ("shvit_s1", None), ("care_s0", None), ("deit_tiny", None),
+    ("litv2_s", SAMPLES / "litv2_eurosat" / "model.safetensors"),  # untrained, its float16 form overflows
+])  # fmt: skip
 @pytest.mark.parametrize("quant", ["fp16", "w8a8"])
-def test_families(name, quant, pictures, tmp_path):
-    model = create_model(name, num_classes=10)
-    bundle = export(model, [RTX], tmp_path / "out", recipe=quant, data=pictures)
+def test_families(name, weights, quant, pictures, tmp_path):
+    bundle = export(create_model(name, weights=weights), [RTX], tmp_path / "out", recipe=quant, data=pictures)
     assert {entry.variant for entry in bundle.manifest.artifacts} == {"float32", "quantized"}

@@ -127,7 +127,7 @@ def test_what_has_no_kernels_is_refused():
 def test_missing_triton_is_said(monkeypatch):
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
     tensors, attributes = inputs_of("SingleHeadAttention", "batch", torch.float32)
-    with pytest.raises(MissingDependency, match=r"pip install 'edgeattn\[tensorrt\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'edgeattn\[kernels\]'"):
         launch.run_op("SingleHeadAttention", tensors, attributes)
 
 
