@@ -12,7 +12,7 @@ from edgeattn.runtime.tensorrt_session import cannot_run, open_session
 from edgeattn.runtime.verify import verify
 from tests.conftest import SAMPLES
 
-trt = pytest.importorskip("tensorrt_rtx")
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'edgeattn[tensorrt]'")
 RTX = "tensorrt-rtx"
 without_gpu = pytest.mark.skipif(not cannot_run(), reason="engines run here")
 
