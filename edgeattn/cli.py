@@ -124,10 +124,12 @@ def export_command(
         )
     if out.exists() and not overwrite:
         raise UsageError(f"output {out} exists; choose another folder, or pass --overwrite to replace it.")
+    targets = target or ["onnxruntime"]
+    if compute_capability and "tensorrt-rtx" not in targets:
+        raise UsageError(f"--compute-capability is for target tensorrt-rtx; the targets are {', '.join(targets)}.")
     with progress_bars() as progress:
         module = load_model(model, weights=weights, num_classes=num_classes, img_size=size(img_size), progress=progress)
         module = _for_export(module, heads, views)
-        targets = target or ["onnxruntime"]
         recipe = recipe_for_budget(module, calib, targets, budget, recipe=quant, progress=progress) if budget else quant
         bundle = export(
             module, targets, out, recipe=recipe, data=calib, dynamic_size=dynamic_size, overwrite=overwrite,

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT = (80, 86, 89, 120)
 _TURING = 75  # an engine for it holds no other
+_DIGEST_BYTES = 32
 _LAST_LINES = 3  # of the builder's log in an error
 
 
@@ -41,9 +41,15 @@ class TensorRtRtxTarget(Target):
         """Write `tensorrt-rtx/VARIANT.onnx` and `.engine`; `compute_capabilities` of the profile, such as [86, 89].
 
         Raises:
-            UnsupportedOp: the parser or the builder refuses the model. UsageError: a capability that is not built for.
+            UnsupportedOp: the parser or the builder refuses the model, or it is too large.
+            UsageError: a capability that is not built for.
         """
         trt = import_tensorrt_rtx()
+        if len(draft.files(variant)) > 1:
+            raise UnsupportedOp(
+                f"the {variant} model keeps its weights in a file beside the graph, and target {self.name} takes "
+                "models of up to 2 GB. Take a smaller model."
+            )
         capabilities = _capabilities(trt, (profile or {}).get("compute_capabilities"))
         _check_axes(draft.interface)
         (draft.folder / self.name).mkdir(exist_ok=True)
@@ -98,14 +104,19 @@ def _check_axes(interface: Interface) -> None:
 
 
 def _build_cached(trt: Any, typed: bytes, interface: Interface, key: dict[str, Any], out: Path) -> None:
-    """The engine from the user's cache folder, where an equal one was built before."""
+    """The engine from the user's cache folder, where an equal one was built before: behind its own digest there, since
+    nothing here runs it and would see that it is damaged."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     cached = cache_folder() / "engines" / f"{digest}.engine"
-    if not cached.is_file():
+    stored = cached.read_bytes() if cached.is_file() else b""
+    engine = stored[_DIGEST_BYTES:]
+    if hashlib.sha256(engine).digest() != stored[:_DIGEST_BYTES]:
+        if stored:
+            logger.warning("%s is damaged; the engine is built again.", cached)
         engine = _build(trt, typed, interface, key["compute_capabilities"])
         with atomic_file(cached) as temporary:
-            temporary.write_bytes(engine)
-    shutil.copyfile(cached, out)
+            temporary.write_bytes(hashlib.sha256(engine).digest() + engine)
+    out.write_bytes(engine)
 
 
 def _build(trt: Any, typed: bytes, interface: Interface, capabilities: Sequence[int]) -> bytes:

@@ -50,7 +50,7 @@ def test_what_cannot_run_here_is_not_searched(tiny_model, pictures, tmp_path):
     assert bundle.manifest.placements == {} and len(bundle.manifest.artifacts) == 2
 
 
-def test_the_second_build_comes_from_the_cache(tiny_model, tmp_path, monkeypatch):
+def test_the_second_build_comes_from_the_cache(tiny_model, tmp_path, monkeypatch, caplog):
     first = export(tiny_model, [RTX], tmp_path / "a", recipe="float32")
 
     def refuse(*_):
@@ -60,6 +60,11 @@ def test_the_second_build_comes_from_the_cache(tiny_model, tmp_path, monkeypatch
     again = export(tiny_model, [RTX], tmp_path / "b", recipe="float32")
     name = f"{RTX}/float32.engine"
     assert first.file(name).read_bytes() == again.file(name).read_bytes()
+    (cached,) = (tmp_path / "cache" / "engines").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(AssertionError, match="built again"):
+        export(tiny_model, [RTX], tmp_path / "d", recipe="float32")
+    assert "is damaged; the engine is built again" in caplog.text
     with pytest.raises(AssertionError, match="built again"):
         export(tiny_model, [RTX], tmp_path / "c", recipe="float32", profile={"compute_capabilities": [89]})
 
